@@ -1,0 +1,26 @@
+"""The PEP 517 backend: setuptools, plus "use the torch that is already there".
+
+Were torch a plain build requirement, pip would download the newest one (gigabytes) into a throw-away environment
+for every build. It is asked for only where there is none; an sdist and the metadata never need it.
+"""
+
+import shutil
+import sys
+
+from setuptools import build_meta as _setuptools
+from setuptools.build_meta import *  # noqa: F403  (the hooks that need no change)
+from torch_probe import REQUIREMENT, find_torch
+
+
+def _native_requirements() -> list[str]:
+    torch = find_torch()
+    print(f"flash_ext: building against {f'torch {torch.version}' if torch else REQUIREMENT}", file=sys.stderr)
+    return ([] if torch else [REQUIREMENT]) + ([] if shutil.which("ninja") else ["ninja"])
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    return _setuptools.get_requires_for_build_wheel(config_settings) + _native_requirements()
+
+
+def get_requires_for_build_editable(config_settings=None):
+    return _setuptools.get_requires_for_build_editable(config_settings) + _native_requirements()
