@@ -7,12 +7,14 @@ for every build. It is asked for only where there is none; an sdist and the meta
 import shutil
 import sys
 
+from native_build import host_compiler
 from setuptools import build_meta as _setuptools
 from setuptools.build_meta import *  # noqa: F403  (the hooks that need no change)
 from torch_probe import REQUIREMENT, find_torch
 
 
 def _native_requirements() -> list[str]:
+    host_compiler()  # where there is none, say so before anything is downloaded
     torch = find_torch()
     print(f"flash_ext: building against {f'torch {torch.version}' if torch else REQUIREMENT}", file=sys.stderr)
     return ([] if torch else [REQUIREMENT]) + ([] if shutil.which("ninja") else ["ninja"])

@@ -110,7 +110,7 @@ def build(output: Path, version: str) -> None:
 
 
 def host_compiler() -> Compiler:
-    if os.environ.get("CXX"):
+    if os.environ.get("CXX", "").strip():
         command = shlex.split(os.environ["CXX"])
         if not shutil.which(command[0]):
             fail(f"CXX={os.environ['CXX']}: there is no such compiler")
@@ -248,9 +248,8 @@ def cpp_steps(cxx, device, torch, python_include, facts, work) -> list[Step]:
 
 def cuda_steps(nvcc, cxx, work) -> tuple[str, list[Step]]:
     archs = cuda_archs(nvcc)
-    host = ["-fPIC", *host_flags()]
     flags = ["-std=c++20", "--expt-relaxed-constexpr", "-O3", "-ccbin", shlex.join(cxx.command), f"-I{CSRC}"]
-    flags += ["-DFLASH_EXT_WITH_CUDA=1", *(f"-Xcompiler={flag}" for flag in host)]
+    flags += ["-DFLASH_EXT_WITH_CUDA=1", *through_nvcc(["-fPIC", *host_flags()])]
     flags += ["-lineinfo"] if debugging() else []
     steps = []
     for source in sources("*.cu"):
@@ -261,12 +260,18 @@ def cuda_steps(nvcc, cxx, work) -> tuple[str, list[Step]]:
     return ";".join(code for _, code in archs), steps
 
 
+def through_nvcc(flags: list[str]) -> list[str]:
+    """The host compiler's flags as nvcc wants them: marked, and commas escaped because it splits at them."""
+    linker = [f"-Xlinker={flag[4:]}" for flag in flags if flag.startswith("-Wl,")]
+    return [f"-Xcompiler={flag}".replace(",", r"\,") for flag in flags if not flag.startswith("-Wl,")] + linker
+
+
 def cuda_archs(nvcc) -> list[tuple[str, str]]:
     """TORCH_CUDA_ARCH_LIST as pairs for -gencode: (compute_80, sm_80). 9.0 means 9.0a, less than 8.0 is left out."""
     known = set(output_of([*nvcc.command, "--list-gpu-arch"]).split())
     wish = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS
     codes, ptx = [], []
-    for item in re.split(r"[;,\s]+", wish.strip()):
+    for item in re.findall(r"[^;,\s]+", wish):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
         if not match:
             fail(f"TORCH_CUDA_ARCH_LIST={wish}: expected something like {CUDA_ARCHS}, got {item}")
@@ -297,7 +302,7 @@ def rocm_steps(hipcc, torch, work) -> tuple[str, list[Step]]:
     """hipify makes HIP sources of a copy of csrc in the build directory; nothing is written into csrc."""
     default = ";".join(arch for arch, since in ROCM_ARCHS.items() if hipcc.version >= since)
     wish = os.environ.get("PYTORCH_ROCM_ARCH") or default
-    archs = re.split(r"[;,\s]+", wish.strip())
+    archs = re.findall(r"[^;,\s]+", wish)
     for arch in archs:
         if not re.fullmatch(r"gfx[0-9a-f]+(:[a-z]+[+-])*", arch):
             fail(f"PYTORCH_ROCM_ARCH={wish}: expected something like {default}, got {arch}")
@@ -364,7 +369,7 @@ def link_step(module: Path, steps: list[Step], cxx, gpu, torch) -> Step:
     libraries = [f"-L{torch.lib}", "-ltorch_cpu", "-lc10"]
     if gpu and gpu.name == "nvcc":
         command = [*gpu.command, "-shared", "-cudart=static", "-ccbin", shlex.join(cxx.command)]
-        command += [f"-Xcompiler={shlex.quote(flag)}" for flag in host]
+        command += through_nvcc(host)
     elif gpu:
         command = [*gpu.command, *linker, *host]
     else:
