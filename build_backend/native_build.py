@@ -370,10 +370,10 @@ def link_step(module: Path, steps: list[Step], cxx, gpu, torch) -> Step:
     if gpu and gpu.name == "nvcc":
         command = [*gpu.command, "-shared", "-cudart=static", "-ccbin", shlex.join(cxx.command)]
         command += through_nvcc(host)
-    elif gpu:
-        command = [*gpu.command, *linker, *host]
     else:
         command = [*cxx.command, *linker, *host]
+    if gpu and gpu.name == "hipcc":  # behind torch.lib: a ROCm torch brings its own runtime, and there must be one only
+        libraries += [f"-L{Path(shutil.which(gpu.command[0])).resolve().parent.parent / 'lib'}", "-lamdhip64"]
     return Step(module, objects, [*command, *objects, "-o", module, *libraries])
 
 
