@@ -43,7 +43,7 @@ struct AttnParams {
   const void* sinks = nullptr;         // acc dtype; [heads_q]
 
   uint32_t dropout_threshold = 0;  // of 65536; 0: no dropout
-  uint64_t seed = 0, offset = 0;   // Philox
+  const int64_t* rng_state = nullptr;  // [2], seed and offset of Philox, on the tensors' device
 };
 
 struct AttnBwdParams : AttnParams {
