@@ -7,38 +7,46 @@ namespace flash_ext::cpu::FX_ISA {
 
 inline constexpr int kFewRows = 8;
 
+// The rows n + kAhead, which streams of short rows do not get from the hardware prefetchers in time.
+template <typename T>
+inline void prefetch(Rows<const T> x, int n, int columns) {
+  constexpr int kAheadBytes = 4096;
+  const char* row = reinterpret_cast<const char*>(x[n]) + kAheadBytes;
+  for (int i = 0; i < columns * int(sizeof(T)); i += 64) __builtin_prefetch(row + i);
+}
+
 // s[r * stride + n] = q[r] · k[n] for kRows rows of words and n in [0, keys).
 template <typename T, typename Math, int kRows>
 inline void few_scores(const typename Math::Word* q, int64_t q_ld, Rows<const T> k, int keys, int head_dim,
                        typename Math::Acc* s, int64_t stride) {
-  using V = Vec<typename Math::Acc>;
+  using S = typename Math::Acc;
+  using V = Vec<S>;
   constexpr int kStep = V::kLanes * Math::kWordElements;
-  constexpr int kKeysAtOnce = kRows >= 8 ? 1 : 8 / kRows;  // eight independent sums hide the latency
-  const auto some_keys = [&]<int kCount>(int n) {
-    V sum[kCount][kRows];
-#pragma GCC unroll 8
-    for (int u = 0; u < kCount; ++u)
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) sum[u][r] = V::zero();
+  constexpr int kKeysAtOnce = std::max(V::kLanes / kRows, 1), kSums = kRows * kKeysAtOnce;  // a vector of results
+  for (int n0 = 0; n0 < keys; n0 += kKeysAtOnce) {
+    const int n = std::max(std::min(n0, keys - kKeysAtOnce), 0);  // the last step repeats some keys
+    for (int u = 0; u < kKeysAtOnce; ++u) prefetch(k, n + u, head_dim);
+    V sum[kSums];
+#pragma GCC unroll 16
+    for (V& x : sum) x = V::zero();
     for (int d = 0; d < head_dim; d += kStep) {
       typename Math::Words q_words[kRows];
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) q_words[r] = Math::load(q + r * q_ld + d / Math::kWordElements);
+#pragma GCC unroll 16
+      for (int u = 0; u < kKeysAtOnce; ++u) {
+        const auto k_words = Math::as_words(load_words<Math>(k[std::min(n + u, keys - 1)] + d, head_dim - d));
 #pragma GCC unroll 8
-      for (int u = 0; u < kCount; ++u) {
-        const auto k_words = Math::as_words(load_words<Math>(k[n + u] + d, head_dim - d));
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) sum[u][r] = Math::mac(sum[u][r], k_words, q_words[r]);
+        for (int r = 0; r < kRows; ++r) sum[r * kKeysAtOnce + u] = Math::mac(sum[r * kKeysAtOnce + u], k_words, q_words[r]);
       }
     }
-#pragma GCC unroll 8
-    for (int u = 0; u < kCount; ++u)
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) s[r * stride + n + u] = reduce_add(sum[u][r]);
-  };
-  int n = 0;
-  for (; n + kKeysAtOnce <= keys; n += kKeysAtOnce) some_keys.template operator()<kKeysAtOnce>(n);
-  for (; n < keys; ++n) some_keys.template operator()<1>(n);
+    alignas(64) S results[kSums];
+#pragma GCC unroll 4
+    for (int i = 0; i < kSums; i += V::kLanes)
+      reduce_add_each(reinterpret_cast<const V(&)[V::kLanes]>(sum[i])).store(results + i);
+    const int count = std::min(kKeysAtOnce, keys - n);
+    for (int r = 0; r < kRows; ++r) std::copy_n(results + r * kKeysAtOnce, count, s + r * stride + n);
+  }
 }
 
 // acc[r * acc_ld + j] += sum over n of probs[r * stride + n] · v[n][j].
@@ -46,7 +54,7 @@ template <typename T, typename S, int kRows>
 inline void few_products(const S* probs, int64_t stride, Rows<const T> v, int begin, int end, int head_dim_v, S* acc,
                          int64_t acc_ld) {
   using V = Vec<S>;
-  constexpr int kVectors = kRows >= 8 ? 2 : 4;
+  constexpr int kVectors = kRows >= 8 ? 2 : kRows >= 4 ? 4 : 8;
   const auto columns = [&]<int kCount>(int j) {
     V sum[kRows][kCount];
 #pragma GCC unroll 8
@@ -56,6 +64,7 @@ inline void few_products(const S* probs, int64_t stride, Rows<const T> v, int be
     for (int n = begin; n < end; ++n) {
       V x[kCount];
       const T* row = v[n] + j;
+      if (j == 0) prefetch(v, n, head_dim_v);
 #pragma GCC unroll 8
       for (int c = 0; c < kCount; ++c)  // only a single vector may stand over the end
         x[c] = kCount > 1 || head_dim_v - j >= V::kLanes ? V::load(row + c * V::kLanes) : V::load(row, head_dim_v - j);

@@ -160,6 +160,21 @@ inline double reduce_max(D x) {
   return _mm_cvtsd_f64(_mm_max_sd(s, _mm_unpackhi_pd(s, s)));
 }
 
+// Lane i is the sum of x[i].
+inline F reduce_add_each(const F (&x)[8]) {
+  __m256 a[4], b[2];
+  for (int i = 0; i < 4; ++i)  // sums of x[2i] and x[2i + 1] alternate
+    a[i] = _mm256_add_ps(_mm256_unpacklo_ps(x[2 * i].v, x[2 * i + 1].v), _mm256_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v));
+  for (int i = 0; i < 2; ++i) {  // each 128-bit lane: one partial sum of each of four
+    const __m256d p = _mm256_castps_pd(a[2 * i]), q = _mm256_castps_pd(a[2 * i + 1]);
+    b[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(p, q)), _mm256_castpd_ps(_mm256_unpackhi_pd(p, q)));
+  }
+  return {_mm256_add_ps(_mm256_permute2f128_ps(b[0], b[1], 0x20), _mm256_permute2f128_ps(b[0], b[1], 0x31))};
+}
+inline D reduce_add_each(const D (&x)[4]) {
+  return {_mm256_setr_pd(reduce_add(x[0]), reduce_add(x[1]), reduce_add(x[2]), reduce_add(x[3]))};
+}
+
 // to[c * to_stride + r] = lane c of rows[r]
 inline void store_transposed(const F (&rows)[8], float* to, int64_t to_stride) {
   __m256 a[8], b[8];

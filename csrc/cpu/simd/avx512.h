@@ -108,6 +108,26 @@ inline D::Mask equal(D a, D b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_EQ_OQ)
 inline double reduce_add(D x) { return _mm512_reduce_add_pd(x.v); }
 inline double reduce_max(D x) { return _mm512_reduce_max_pd(x.v); }
 
+// Lane i is the sum of x[i].
+inline F reduce_add_each(const F (&x)[16]) {
+  __m512 a[8], b[4], c[2];
+  for (int i = 0; i < 8; ++i)  // sums of x[2i] and x[2i + 1] alternate
+    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i].v, x[2 * i + 1].v), _mm512_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v));
+  for (int i = 0; i < 4; ++i) {  // each 128-bit lane: one partial sum of each of four
+    const __m512d p = _mm512_castps_pd(a[2 * i]), q = _mm512_castps_pd(a[2 * i + 1]);
+    b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+  }
+  for (int i = 0; i < 2; ++i)  // lanes 0, 1 of b[2i], then of b[2i + 1], and 2, 3 added to them
+    c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd))};
+}
+
+inline D reduce_add_each(const D (&x)[8]) {
+  alignas(64) double sums[8];
+  for (int i = 0; i < 8; ++i) sums[i] = reduce_add(x[i]);
+  return D::load(sums);
+}
+
 // to[c * to_stride + r] = lane c of rows[r]
 inline void store_transposed(const F (&rows)[16], float* to, int64_t to_stride) {
   __m512 a[16], b[16];

@@ -97,6 +97,14 @@ S reduce_max(Vec<S> x) {
   return top;
 }
 
+// Lane i is the sum of x[i].
+template <typename S, int kCount>
+Vec<S> reduce_add_each(const Vec<S> (&x)[kCount]) {
+  Vec<S> sums;
+  for (int i = 0; i < kCount; ++i) sums.v[i] = reduce_add(x[i]);
+  return sums;
+}
+
 // to[c * to_stride + r] = lane c of rows[r]
 template <typename S, int kRows>
 void store_transposed(const Vec<S> (&rows)[kRows], S* to, int64_t to_stride) {
