@@ -47,8 +47,8 @@ def attn(
                        head h // (heads_q / heads_kv) of key and value (enable_gqa=False: the counts must be equal)
         value          [batch, heads_kv, seq_kv, head_dim_v]
         result         [batch, heads_q, seq_q, head_dim_v], of query's dtype
-    All of one floating dtype and one device. Accumulation is in float32 (float64 for float64). Any strides do; where the
-    last dimension is not contiguous, the tensor is copied.
+    All of one floating dtype and one device. Accumulation is in float32 (float64 for float64). Any strides do; a tensor
+    whose last dimension is not contiguous is copied.
 
     Options, in the order in which they act on s = scale * query @ key^T; `i` counts queries and `j` keys:
         scale          default 1 / sqrt(head_dim)
@@ -66,8 +66,8 @@ def attn(
                        training flag). Drawn from torch's generator of the device; the same mask on every backend
     A query that sees no key gives 0, and passes no gradient.
 
-    return_lse: also return the natural logarithm of the softmax's denominator, [batch, heads_q, seq_q], float32 (float64
-        for float64), sinks included; -inf where a query sees no key. Gradients flow through it.
+    return_lse: also return the natural logarithm of the softmax's denominator, [batch, heads_q, seq_q], float32
+        (float64 for float64), sinks included; -inf where a query sees no key. Gradients flow through it.
     deterministic: whether gradients must be the same bit for bit from run to run; None follows
         torch.use_deterministic_algorithms. (The CPU backend always is deterministic.)
     backend: the name of the one to run, see `explain` and `use_backend`; None is the fastest that can.

@@ -28,8 +28,8 @@ forced = None
 class use_backend:
     """Runs every call inside the `with` block on one backend, as `torch.nn.attention.sdpa_kernel` does.
 
-    name: "math", "cpu", "gpu" or "sm90". A call that this backend cannot run raises RuntimeError; a call's own `backend`
-    argument goes first. The choice holds for the whole process, other threads included; torch.compile recompiles where
+    name: "math", "cpu", "gpu" or "sm90". A call that this backend cannot run raises RuntimeError; a call's own
+    `backend` argument goes first. The choice holds for the whole process, other threads included; torch.compile recompiles where
     it changes.
     """
 
@@ -48,7 +48,7 @@ class use_backend:
 
 
 class Explanation:
-    """What `explain` found: the `backend` that runs the call (None: none does), and `reasons` why each other one does not."""
+    """What `explain` found: the `backend` that runs the call, or None, and `reasons`, why the others do not."""
 
     def __init__(self, backend, reasons, call):
         self.backend, self.reasons, self.call = backend, reasons, call

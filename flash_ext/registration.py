@@ -90,6 +90,13 @@ for name in ("attn_fwd", "attn_bwd", "attn_varlen_fwd", "attn_varlen_bwd"):
 # ---- torch.func.grad and drop forward-mode tangents silently
 
 
+def call_bwd(op, *args):
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return op(*args)
+    with below_autograd():  # there is nothing to differentiate: save the kernel below its time
+        return op(*args)
+
+
 def call_below(op, args):
     with below_autograd():
         if not torch._C._are_functorch_transforms_active():
@@ -116,8 +123,8 @@ class Attn(Function):
         need_mask_grad, need_sinks_grad = ctx.needs_input_grad[10], ctx.needs_input_grad[12]
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        dq, dk, dv, dmask, dsinks = ops.attn_bwd.default(
-            grad_out, grad_lse, q, k, v, out, lse, *ctx.numbers, *options, need_mask_grad,
+        dq, dk, dv, dmask, dsinks = call_bwd(
+            ops.attn_bwd.default, grad_out, grad_lse, q, k, v, out, lse, *ctx.numbers, *options, need_mask_grad,
             torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
         none = (None,) * 7
@@ -141,9 +148,9 @@ class AttnVarlen(Function):
         need_mask_grad, need_sinks_grad = ctx.needs_input_grad[13], ctx.needs_input_grad[15]
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        dq, dk, dv, dmask, dsinks = ops.attn_varlen_bwd.default(
-            grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.numbers, *options, need_mask_grad,
-            torch.are_deterministic_algorithms_enabled(),
+        dq, dk, dv, dmask, dsinks = call_bwd(
+            ops.attn_varlen_bwd.default, grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
+            *ctx.numbers, *options, need_mask_grad, torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
         none = (None,) * 10
         return dq, dk, dv, *none, dmask if need_mask_grad else None, None, dsinks if need_sinks_grad else None, None
@@ -242,11 +249,11 @@ for device_type, key in (("cpu", torch._C.DispatchKey.AutocastCPU), ("cuda", tor
     lib.impl("attn_fwd", autocast_fwd(ops.attn_fwd.default, device_type, key), key.name)
     lib.impl("attn_varlen_fwd", autocast_fwd(ops.attn_varlen_fwd.default, device_type, key), key.name)
 
-# ---- vmap: a mapped dimension becomes part of batch; where an argument or result belongs to the whole batch, a loop
+# ---- vmap: a mapped dimension becomes part of batch; a loop where something belongs to the whole batch
 
 
 def fold(tensor, dim, size, batch):
-    """[size * batch, ...] of a tensor [batch or 1, ...] with one more dimension, dim, that is mapped (None: with none)."""
+    """[size * batch, ...] of a tensor [batch or 1, ...] that is mapped over one more dimension, dim, or over none."""
     if tensor is None:
         return None
     tensor = tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
