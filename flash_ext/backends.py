@@ -29,8 +29,8 @@ class use_backend:
     """Runs every call inside the `with` block on one backend, as `torch.nn.attention.sdpa_kernel` does.
 
     name: "math", "cpu", "gpu" or "sm90". A call that this backend cannot run raises RuntimeError; a call's own
-    `backend` argument goes first. The choice holds for the whole process, other threads included; torch.compile recompiles where
-    it changes.
+    `backend` argument goes first. The choice holds for the whole process, other threads included; torch.compile
+    recompiles where it changes.
     """
 
     def __init__(self, name):

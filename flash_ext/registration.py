@@ -338,7 +338,7 @@ torch.library.register_vmap("flash_ext::attn_bwd", vmap_attn_bwd, lib=lib)
 torch.library.register_vmap("flash_ext::attn_varlen_fwd", vmap_loop(ops.attn_varlen_fwd.default), lib=lib)
 torch.library.register_vmap("flash_ext::attn_varlen_bwd", vmap_loop(ops.attn_varlen_bwd.default), lib=lib)
 
-# ---- FLOP counts, by torch's convention for scaled_dot_product_attention: two matrix products forward and five backward,
+# ---- FLOP counts, by torch's convention for scaled_dot_product_attention: two matrix products forward, five backward,
 # ---- over all [seq_q, seq_kv] scores, masked or not
 
 
