@@ -2,7 +2,7 @@
 
 import torch
 
-from .checks import acc_dtype, check_tensor, fail
+from .checks import acc_dtype, check_floating, check_rank, check_tensor, fail
 
 
 def dense(
@@ -13,7 +13,7 @@ def dense(
     if not isinstance(query, torch.Tensor):
         check_tensor("q", query)
     if query.ndim != 4:
-        fail("q", f"4 dimensions [{', '.join(_LAYOUTS.get(layout, ()))}]", f"{query.ndim}: {list(query.shape)}")
+        fail("q", _LAYOUTS.get(layout, "4 dimensions"), list(query.shape))
     if layout == "bhsd":
         # The output lies in memory as q does, so that transpose(1, 2).reshape(...) after attention is a view.
         out_bshd = not query.is_contiguous() and query.stride(1) < query.stride(2)
@@ -37,9 +37,7 @@ def varlen(
     window, softcap, alibi_slopes, sinks, causal_align,
 ):  # fmt: skip
     """The positional arguments of torch.ops.flash_ext.attn_varlen_fwd."""
-    check_tensor("q", q)
-    if q.ndim != 3:
-        fail("q", "3 dimensions [total, heads, head_dim]", f"{q.ndim}: {list(q.shape)}")
+    check_rank("q", q, 3, "[total_q, heads_q, head_dim]")
     options = _options(
         q, k, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, alibi_slopes, sinks, causal_align
     )
@@ -50,12 +48,12 @@ def varlen(
     )  # fmt: skip
 
 
-_LAYOUTS = {"bhsd": ("batch", "heads", "seq", "head_dim"), "bshd": ("batch", "seq", "heads", "head_dim")}
+_LAYOUTS = {"bhsd": "[batch, heads_q, seq_q, head_dim]", "bshd": "[batch, seq_q, heads_q, head_dim]"}
 
 
 def _transpose(name, tensor):
-    check_tensor(name, tensor)
-    return tensor.transpose(1, 2) if tensor.ndim > 2 else tensor
+    check_rank(name, tensor, 4, "[batch, seq_kv, heads_kv, head_dim]")
+    return tensor.transpose(1, 2)
 
 
 def _options(query, key, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, alibi_slopes, sinks, causal_align):
@@ -91,23 +89,19 @@ def _window(window):
     except (TypeError, ValueError):
         fail("window", "(left, right)", repr(window))
     for side in (left, right):
-        if side < -1:
-            fail("window", "sides of -1 (unbounded) or more", repr(window))
+        if not isinstance(side, int | torch.SymInt) or side < -1:
+            fail("window", "(left, right), each an int of -1 (unbounded) or more", repr(window))
     return left, right
 
 
 def _rank4(mask):
     check_tensor("attn_mask", mask)
-    rank = mask.ndim
-    if rank == 4:
-        return mask
-    if rank < 2 or rank > 4:
-        fail("attn_mask", "2 to 4 dimensions", f"{rank}: {list(mask.shape)}")
-    return mask[None] if rank == 3 else mask[None, None]
+    if not 2 <= mask.ndim <= 4:
+        fail("attn_mask", "2 to 4 dimensions, to broadcast to [batch, heads_q, seq_q, seq_kv]", list(mask.shape))
+    return mask[(None,) * (4 - mask.ndim)] if mask.ndim < 4 else mask
 
 
 def _as_acc(name, tensor, query):
     check_tensor(name, tensor)
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point dtype, got {str(tensor.dtype).removeprefix('torch.')}")
-    return tensor.to(acc_dtype(query.dtype))
+    check_floating(name, tensor)
+    return tensor.to(acc_dtype(query.dtype)).contiguous()

@@ -28,104 +28,112 @@ def check_tensor(name, tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
 
 
+def check_rank(name, tensor, rank, shape):
+    check_tensor(name, tensor)
+    if tensor.dim() != rank:
+        fail(name, shape, shape_of(tensor))
+
+
+def check_floating(name, tensor):
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point dtype, got {name_of(tensor.dtype)}")
+
+
 def check_dtype(name, tensor, dtype, why=""):
     if tensor.dtype != dtype:
-        raise TypeError(f"{name}: expected dtype {name_of(dtype)}{why}, got {name_of(tensor.dtype)}")
+        raise TypeError(f"{name}: expected {name_of(dtype)}{why}, got {name_of(tensor.dtype)}")
 
 
-def check_device(name, tensor, q):
+def check_same_device(name, tensor, q):
     if tensor.device != q.device:
-        fail(name, f"device {q.device} as q", tensor.device)
+        fail(name, f"a tensor on {q.device} as q", f"one on {tensor.device}")
 
 
-def check_qkv(q, k, v, rank, layout):
-    """What holds for dense and packed inputs."""
-    heads = 1  # the dimension, in both
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name, tensor)
-        if tensor.dim() != rank:
-            fail(name, f"{rank} dimensions {layout}", f"{tensor.dim()}: {shape_of(tensor)}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point dtype, got {name_of(tensor.dtype)}")
+def check_qkv(q, k, v, rank, shape):
+    """What holds for dense and packed inputs. shape: how the message shows one, around its heads and seq."""
+    for name, tensor, side in (("q", q, "q"), ("k", k, "kv"), ("v", v, "kv")):
+        check_rank(name, tensor, rank, shape.format(side))
+    check_floating("q", q)
     for name, tensor in (("k", k), ("v", v)):
-        check_device(name, tensor, q)
+        check_same_device(name, tensor, q)
         check_dtype(name, tensor, q.dtype, " as q")
-    if q.shape[-1] < 1:
-        fail("q", "head_dim of at least 1", q.shape[-1])
+    heads_q, heads_kv = q.shape[1], k.shape[1]
+    for name, tensor in (("q", q), ("v", v)):
+        if tensor.shape[-1] < 1:
+            fail(name, "head_dim of at least 1", tensor.shape[-1])
     if k.shape[-1] != q.shape[-1]:
         fail("k", f"head_dim {q.shape[-1]} as in q", k.shape[-1])
-    if v.shape[-1] < 1:
-        fail("v", "head_dim of at least 1", v.shape[-1])
-    if k.shape[heads] < 1:
-        fail("k", "at least 1 head", k.shape[heads])
-    if v.shape[heads] != k.shape[heads]:
-        fail("v", f"{k.shape[heads]} heads as in k", v.shape[heads])
-    if q.shape[heads] < 1 or q.shape[heads] % k.shape[heads] != 0:
-        fail("q", f"a multiple of the {k.shape[heads]} heads of k", f"{q.shape[heads]} heads")
+    if v.shape[1] != heads_kv:
+        fail("v", f"{heads_kv} heads as in k", v.shape[1])
+    if heads_q % heads_kv != 0 if heads_kv > 0 else heads_q != 0:
+        fail("k", f"a number of heads that divides {heads_q}, the heads of q", heads_kv)
 
 
-def check_number(name, value, low, high=math.inf, below=False):
-    """NaN fails every comparison, and with it the check. A symbolic number is left to the run."""
-    if isinstance(value, (int, float)) and not (low <= value and (value < high or (value == high and not below))):
-        fail(name, f"a number in [{low}, {high}{')' if below else ']'}", value)
+def check_number(name, value, fits, expected):
+    if isinstance(value, (int, float)) and not fits(value):  # a symbolic number is left to the run
+        fail(name, expected, value)
 
 
 def check_options(
-    q, batch, seq_q, seq_kv, scale, window, softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state
-):
+    q, batch, seq_q, seq_kv, scale, window_left, window_right, softcap, dropout_p, attn_mask, alibi_slopes, sinks,
+    rng_state,
+):  # fmt: skip
     heads_q = q.shape[1]
     acc = acc_dtype(q.dtype)
-    check_number("scale", scale, 0.0, math.inf, below=True)
-    check_number("softcap", softcap, 0.0, math.inf, below=True)
-    check_number("dropout_p", dropout_p, 0.0, 1.0, below=True)
-    for name, value in zip(("window_left", "window_right"), window, strict=True):
-        if value < -1:
-            fail(name, "-1 (unbounded) or more", value)
+    check_number("scale", scale, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+    check_number("softcap", softcap, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+    check_number("dropout_p", dropout_p, lambda x: 0 <= x < 1, "a number in [0, 1)")
+    if window_left < -1:
+        fail("window", "-1 or more to the left", window_left)
+    if window_right < -1:
+        fail("window", "-1 or more to the right", window_right)
     if attn_mask is not None:
         check_tensor("attn_mask", attn_mask)
-        check_device("attn_mask", attn_mask, q)
-        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-            raise TypeError(f"attn_mask: expected dtype bool or floating point, got {name_of(attn_mask.dtype)}")
         full = [batch, heads_q, seq_q, seq_kv]
-        if attn_mask.dim() != 4:
-            fail("attn_mask", "2 to 4 dimensions", f"{attn_mask.dim()}: {shape_of(attn_mask)}")
-        if any(size != 1 and size != whole for size, whole in zip(attn_mask.shape, full, strict=True)):
+        fits = attn_mask.dim() == 4 and all(
+            size == whole or size == 1 for size, whole in zip(attn_mask.shape, full, strict=True)
+        )
+        if not fits:
             fail("attn_mask", f"a shape that broadcasts to {full}", shape_of(attn_mask))
+        check_same_device("attn_mask", attn_mask, q)
+        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+            raise TypeError(f"attn_mask: expected bool or a floating-point dtype, got {name_of(attn_mask.dtype)}")
     if alibi_slopes is not None:
         check_tensor("alibi_slopes", alibi_slopes)
-        check_device("alibi_slopes", alibi_slopes, q)
-        check_dtype("alibi_slopes", alibi_slopes, acc)
         if shape_of(alibi_slopes) not in ([heads_q], [batch, heads_q]):
-            fail("alibi_slopes", f"shape [{heads_q}] or [{batch}, {heads_q}]", shape_of(alibi_slopes))
+            fail("alibi_slopes", f"[{heads_q}] or [{batch}, {heads_q}]", shape_of(alibi_slopes))
+        check_same_device("alibi_slopes", alibi_slopes, q)
+        check_dtype("alibi_slopes", alibi_slopes, acc)
     if sinks is not None:
         check_tensor("sinks", sinks)
-        check_device("sinks", sinks, q)
-        check_dtype("sinks", sinks, acc)
         if shape_of(sinks) != [heads_q]:
-            fail("sinks", f"shape [{heads_q}]", shape_of(sinks))
+            fail("sinks", f"[{heads_q}]", shape_of(sinks))
+        check_same_device("sinks", sinks, q)
+        check_dtype("sinks", sinks, acc)
+    if (rng_state is not None) != (dropout_p > 0):
+        fail("rng_state", "exactly when dropout_p is above 0", f"{rng_state} with dropout_p {dropout_p}")
     if rng_state is not None:
         check_tensor("rng_state", rng_state)
-        check_device("rng_state", rng_state, q)
-        check_dtype("rng_state", rng_state, torch.int64)
-        if shape_of(rng_state) != [2]:
-            fail("rng_state", "shape [2]", shape_of(rng_state))
-    if (rng_state is not None) != (dropout_p > 0):
-        fail("rng_state", "a tensor exactly when dropout_p > 0", f"dropout_p {dropout_p} and rng_state {rng_state}")
+        if rng_state.dtype != torch.int64 or shape_of(rng_state) != [2]:
+            fail("rng_state", "int64 [2]", f"{name_of(rng_state.dtype)} {shape_of(rng_state)}")
+        check_same_device("rng_state", rng_state, q)
 
 
 def check_dense(
-    q, k, v, scale, window_left, window_right, softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state
-):
+    q, k, v, scale, window_left, window_right, softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state,
+):  # fmt: skip
     """Raises unless these are arguments of attn_fwd."""
-    check_qkv(q, k, v, 4, "[batch, heads, seq, head_dim]")
+    check_qkv(q, k, v, 4, "[batch, heads_{0}, seq_{0}, head_dim]")
     batch, seq_q, seq_kv = q.shape[0], q.shape[2], k.shape[2]
     for name, tensor in (("k", k), ("v", v)):
         if tensor.shape[0] != batch:
             fail(name, f"batch {batch} as in q", tensor.shape[0])
     if v.shape[2] != seq_kv:
-        fail("v", f"seq {seq_kv} as in k", v.shape[2])
-    window = (window_left, window_right)
-    check_options(q, batch, seq_q, seq_kv, scale, window, softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state)
+        fail("v", f"seq_kv {seq_kv} as in k", v.shape[2])
+    check_options(
+        q, batch, seq_q, seq_kv, scale, window_left, window_right, softcap, dropout_p, attn_mask, alibi_slopes, sinks,
+        rng_state,
+    )  # fmt: skip
 
 
 def check_varlen(
@@ -133,51 +141,41 @@ def check_varlen(
     dropout_p, attn_mask, alibi_slopes, sinks, rng_state,
 ):  # fmt: skip
     """Raises unless these are arguments of attn_varlen_fwd; what the cu_seqlens hold is for check_cu_seqlens."""
-    check_qkv(q, k, v, 3, "[total, heads, head_dim]")
+    check_qkv(q, k, v, 3, "[total_{0}, heads_{0}, head_dim]")
     if v.shape[0] != k.shape[0]:
-        fail("v", f"total {k.shape[0]} as in k", v.shape[0])
+        fail("v", f"total_k {k.shape[0]} as in k", v.shape[0])
     for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check_tensor(name, cu_seqlens)
-        check_device(name, cu_seqlens, q)
-        check_dtype(name, cu_seqlens, torch.int32)
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-            fail(name, "shape [batch + 1]", shape_of(cu_seqlens))
-    if cu_seqlens_k.shape[0] != cu_seqlens_q.shape[0]:
-        fail("cu_seqlens_k", f"shape [{cu_seqlens_q.shape[0]}] as cu_seqlens_q", shape_of(cu_seqlens_k))
+            fail(name, "[batch + 1]", shape_of(cu_seqlens))
+        check_dtype(name, cu_seqlens, torch.int32)
+        check_same_device(name, cu_seqlens, q)
     for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if length < 0:
             fail(name, "0 or more", length)
-    batch, window = cu_seqlens_q.shape[0] - 1, (window_left, window_right)
+    if cu_seqlens_k.shape[0] != cu_seqlens_q.shape[0]:
+        fail("cu_seqlens_k", f"{cu_seqlens_q.shape[0]} values as in cu_seqlens_q", cu_seqlens_k.shape[0])
     check_options(
-        q,
-        batch,
-        max_seqlen_q,
-        max_seqlen_k,
-        scale,
-        window,
-        softcap,
-        dropout_p,
-        attn_mask,
-        alibi_slopes,
-        sinks,
-        rng_state,
-    )
+        q, cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k, scale, window_left, window_right, softcap, dropout_p,
+        attn_mask, alibi_slopes, sinks, rng_state,
+    )  # fmt: skip
 
 
-def check_cu_seqlens(name, cu_seqlens, total, max_seqlen):
-    """Raises unless cu_seqlens cuts [0, total) into sequences of at most max_seqlen."""
+def check_cu_seqlens(side, cu_seqlens, total, max_seqlen):
+    """Raises unless cu_seqlens_{side} cuts [0, total) into sequences of at most max_seqlen."""
     if torch.compiler.is_compiling():
         return
     try:
         values = cu_seqlens.tolist()
     except RuntimeError:  # a fake or batched tensor has no values to check
         return
-    lengths = [end - begin for begin, end in zip(values, values[1:], strict=False)]
+    name = f"cu_seqlens_{side}"
     if values[0] != 0:
-        fail(name, "to start at 0", values[0])
-    if any(length < 0 for length in lengths):
-        fail(name, "not to decrease", values)
+        fail(name, "to start with 0", values[0])
+    for b, (begin, end) in enumerate(zip(values, values[1:], strict=False)):
+        if end < begin:
+            fail(name, "values that do not decrease", f"{begin} before {end}")
+        if end - begin > max_seqlen:
+            fail(f"max_seqlen_{side}", f"at least {end - begin}, the length of sequence {b}", max_seqlen)
     if values[-1] != total:
-        fail(name, f"to end at the total {total}", values[-1])
-    if lengths and max(lengths) > max_seqlen:
-        fail(name, f"sequences of at most max_seqlen {max_seqlen}", max(lengths))
+        fail(name, f"to end with total_{side} = {total}", values[-1])

@@ -78,8 +78,8 @@ def attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, window_left, window_right, softcap,
         dropout_p, attn_mask, alibi_slopes, sinks, rng_state,
     )  # fmt: skip
-    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    check_cu_seqlens("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+    check_cu_seqlens("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
 
     # Padded to [batch, heads, max_seqlen, head_dim], it is the dense case with a length per sequence.
     def length(cu_seqlens):

@@ -5,7 +5,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import Function, forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from .checks import acc_dtype, check_dense, check_varlen, fail, shape_of
+from .checks import acc_dtype, check_dense, check_dtype, check_same_device, check_varlen, fail, shape_of
 
 ops = torch.ops.flash_ext
 lib = torch.library.Library("flash_ext", "FRAGMENT")
@@ -71,16 +71,27 @@ def fake_attn_varlen_bwd(
 
 
 def fake_gradients(grad_out, grad_lse, q, k, v, out, lse, out_shape, lse_shape, attn_mask, sinks, need_mask_grad):
-    wanted = (("grad_out", grad_out, out_shape), ("out", out, out_shape), ("lse", lse, lse_shape))
-    for name, tensor, shape in (*wanted, ("grad_lse", lse if grad_lse is None else grad_lse, lse_shape)):
-        if shape_of(tensor) != list(shape):
-            fail(name, f"shape {list(shape)}", shape_of(tensor))
-    if need_mask_grad and attn_mask is None:
-        fail("need_mask_grad", "False without attn_mask", need_mask_grad)
-    dmask = attn_mask.new_empty(attn_mask.shape) if need_mask_grad else q.new_empty(0)
     acc = acc_dtype(q.dtype)
-    dsinks = q.new_empty(0, dtype=acc) if sinks is None else q.new_empty(q.shape[1], dtype=acc)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dmask, dsinks
+    for name, tensor, dtype, shape in (
+        ("grad_out", grad_out, q.dtype, out_shape),
+        ("out", out, q.dtype, out_shape),
+        ("lse", lse, acc, lse_shape),
+        ("grad_lse", lse if grad_lse is None else grad_lse, acc, lse_shape),
+    ):
+        if shape_of(tensor) != list(shape):
+            fail(name, list(shape), shape_of(tensor))
+        check_same_device(name, tensor, q)
+        check_dtype(name, tensor, dtype)
+    if need_mask_grad and (attn_mask is None or attn_mask.dtype == torch.bool):
+        fail("need_mask_grad", "False without a floating-point attn_mask", need_mask_grad)
+    dmask = attn_mask.new_empty(attn_mask.shape) if need_mask_grad else q.new_empty(0, dtype=acc)
+    dsinks = q.new_empty(0 if sinks is None else q.shape[1], dtype=acc)
+    return gradient_like(q), gradient_like(k), gradient_like(v), dmask, dsinks
+
+
+def gradient_like(tensor):
+    gradient = torch.empty_like(tensor)
+    return gradient if gradient.stride(-1) == 1 or gradient.shape[-1] < 2 else gradient.new_empty(gradient.shape)
 
 
 for name in ("attn_fwd", "attn_bwd", "attn_varlen_fwd", "attn_varlen_bwd"):
@@ -310,6 +321,7 @@ def vmap_attn_bwd(info, in_dims, *args):
         return loop(op, size, args, in_dims)
     batch = batch_of(args[2], in_dims[2])
     tensors = [fold(x, dim, size, batch) for x, dim in zip(args[:7], in_dims[:7], strict=True)]
+    tensors[6] = tensors[6].contiguous()  # lse
     sum_mask_grad = False
     if attn_mask is not None and (mask_dim is not None or attn_mask.shape[0] != 1 or need_mask_grad):
         sum_mask_grad = attn_mask.shape[1 if mask_dim == 0 else 0] == 1  # a gradient for each call, over its batch
