@@ -38,12 +38,14 @@ def varlen(
 ):  # fmt: skip
     """The positional arguments of torch.ops.flash_ext.attn_varlen_fwd."""
     check_rank("q", q, 3, "[total_q, heads_q, head_dim]")
+    check_tensor("cu_seqlens_q", cu_seqlens_q)
+    check_tensor("cu_seqlens_k", cu_seqlens_k)
     options = _options(
         q, k, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, alibi_slopes, sinks, causal_align
     )
     scale, left, right, top_left, attn_mask, alibi_slopes, sinks, rng_state = options
     return (
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, left, right, top_left, softcap,
+        q, k, v, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k, scale, left, right, top_left, softcap,
         dropout_p, attn_mask, alibi_slopes, sinks, rng_state,
     )  # fmt: skip
 

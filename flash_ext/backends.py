@@ -8,8 +8,8 @@ from ._version import __version__
 
 try:
     native = importlib.import_module("flash_ext._C")
-except ImportError as error:
-    native, native_error = None, str(error)
+except ImportError as error:  # the source folder, where it was not built, goes before an installed flash_ext
+    native, native_error = None, f"{error}; `pip install -e .` builds it in the source folder"
 else:
     native_error = None
 
@@ -63,10 +63,10 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(query, key, value, *, alibi_slopes=None, backend=None, **options):
+def explain(query, key, value, *args, alibi_slopes=None, backend=None, **options):
     """Says which backend `attn` (or `attn_varlen`) would run, and in a sentence each why not the others.
 
-    Takes the arguments of `attn`. Returns an object to print, with `.backend` (a name, or None where the wanted backend
+    Takes the arguments of either. Returns an object to print, with `.backend` (a name, or None where the wanted backend
     cannot run the call) and `.reasons` (name -> sentence).
     """
     wanted = backend or forced
