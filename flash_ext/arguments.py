@@ -1,0 +1,109 @@
+"""From the arguments of the public functions to those of the ops."""
+
+import torch
+
+from .checks import acc_dtype, check_floating, check_rank, check_tensor, fail
+
+
+def dense(
+    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, alibi_slopes, sinks,
+    causal_align, layout,
+):  # fmt: skip
+    """The positional arguments of torch.ops.flash_ext.attn_fwd. The op itself checks the tensors."""
+    if not isinstance(query, torch.Tensor):
+        check_tensor("q", query)
+    if query.ndim != 4:
+        fail("q", _LAYOUTS.get(layout, "4 dimensions"), list(query.shape))
+    if layout == "bhsd":
+        # The output lies in memory as q does, so that transpose(1, 2).reshape(...) after attention is a view.
+        out_bshd = not query.is_contiguous() and query.stride(1) < query.stride(2)
+    elif layout == "bshd":
+        query, key, value = query.transpose(1, 2), _transpose("k", key), _transpose("v", value)
+        out_bshd = True
+    else:
+        fail("layout", "'bhsd' or 'bshd'", repr(layout))
+    options = _options(
+        query, key, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, alibi_slopes, sinks, causal_align
+    )
+    scale, left, right, top_left, attn_mask, alibi_slopes, sinks, rng_state = options
+    return (
+        query, key, value, scale, left, right, top_left, out_bshd, softcap, dropout_p, attn_mask, alibi_slopes, sinks,
+        rng_state,
+    )  # fmt: skip
+
+
+def varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+    window, softcap, alibi_slopes, sinks, causal_align,
+):  # fmt: skip
+    """The positional arguments of torch.ops.flash_ext.attn_varlen_fwd."""
+    check_rank("q", q, 3, "[total_q, heads_q, head_dim]")
+    check_tensor("cu_seqlens_q", cu_seqlens_q)
+    check_tensor("cu_seqlens_k", cu_seqlens_k)
+    options = _options(
+        q, k, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, alibi_slopes, sinks, causal_align
+    )
+    scale, left, right, top_left, attn_mask, alibi_slopes, sinks, rng_state = options
+    return (
+        q, k, v, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k, scale, left, right, top_left, softcap,
+        dropout_p, attn_mask, alibi_slopes, sinks, rng_state,
+    )  # fmt: skip
+
+
+_LAYOUTS = {"bhsd": "[batch, heads_q, seq_q, head_dim]", "bshd": "[batch, seq_q, heads_q, head_dim]"}
+
+
+def _transpose(name, tensor):
+    check_rank(name, tensor, 4, "[batch, seq_kv, heads_kv, head_dim]")
+    return tensor.transpose(1, 2)
+
+
+def _options(query, key, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, alibi_slopes, sinks, causal_align):
+    left = right = -1
+    if window is not None:
+        left, right = _window(window)
+    if is_causal:
+        right = 0  # of a window's right side and this, the smaller
+    if scale is None:
+        scale = query.shape[-1] ** -0.5 if query.shape[-1] else 1.0
+    if causal_align == "bottom_right":
+        top_left = False
+    elif causal_align == "top_left":
+        top_left = True
+    else:
+        fail("causal_align", "'bottom_right' or 'top_left'", repr(causal_align))
+    if not enable_gqa and query.shape[1] != key.shape[1]:
+        fail("k", f"{query.shape[1]} heads as in q with enable_gqa=False", key.shape[1])
+    if attn_mask is not None:
+        attn_mask = _rank4(attn_mask)
+    if alibi_slopes is not None:
+        alibi_slopes = _as_acc("alibi_slopes", alibi_slopes, query)
+    if sinks is not None:
+        sinks = _as_acc("sinks", sinks, query)
+    # Drawn by torch, so that torch.manual_seed, torch.compile and CUDA graphs all work.
+    rng_state = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=query.device) if dropout_p > 0 else None
+    return scale, left, right, top_left, attn_mask, alibi_slopes, sinks, rng_state
+
+
+def _window(window):
+    try:
+        left, right = window
+    except (TypeError, ValueError):
+        fail("window", "(left, right)", repr(window))
+    for side in (left, right):
+        if not isinstance(side, int | torch.SymInt) or side < -1:
+            fail("window", "(left, right), each an int of -1 (unbounded) or more", repr(window))
+    return left, right
+
+
+def _rank4(mask):
+    check_tensor("attn_mask", mask)
+    if not 2 <= mask.ndim <= 4:
+        fail("attn_mask", "2 to 4 dimensions, to broadcast to [batch, heads_q, seq_q, seq_kv]", list(mask.shape))
+    return mask[(None,) * (4 - mask.ndim)] if mask.ndim < 4 else mask
+
+
+def _as_acc(name, tensor, query):
+    check_tensor(name, tensor)
+    check_floating(name, tensor)
+    return tensor.to(acc_dtype(query.dtype)).contiguous()

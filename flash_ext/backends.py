@@ -1,0 +1,130 @@
+"""Which backend runs a call, and why."""
+
+import importlib
+
+import torch
+
+from ._version import __version__
+
+try:
+    native = importlib.import_module("flash_ext._C")
+except ImportError as error:  # the source folder, where it was not built, goes before an installed flash_ext
+    native, native_error = None, f"{error}; `pip install -e .` builds it in the source folder"
+else:
+    native_error = None
+
+BACKENDS = {
+    "sm90": "Hopper kernels",
+    "gpu": "portable GPU kernels",
+    "cpu": "native C++ for CPUs",
+    "math": "plain torch operations, the definition: any device and dtype, materialises the scores",
+}  # fastest first
+CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+
+# Set by use_backend. Process-wide, so that torch.compile guards on it and autograd's threads agree.
+forced = None
+
+
+class use_backend:
+    """Runs every call inside the `with` block on one backend, as `torch.nn.attention.sdpa_kernel` does.
+
+    name: "math", "cpu", "gpu" or "sm90". A call that this backend cannot run raises RuntimeError; a call's own
+    `backend` argument goes first. The choice holds for the whole process, other threads included; torch.compile
+    recompiles where it changes.
+    """
+
+    def __init__(self, name):
+        check_name(name)
+        self.name = name
+
+    def __enter__(self):
+        global forced
+        self.previous = forced
+        forced = self.name
+
+    def __exit__(self, *exception):
+        global forced
+        forced = self.previous
+
+
+class Explanation:
+    """What `explain` found: the `backend` that runs the call, or None, and `reasons`, why the others do not."""
+
+    def __init__(self, backend, reasons, call):
+        self.backend, self.reasons, self.call = backend, reasons, call
+
+    def __str__(self):
+        lines = [self.call]
+        for name, what in BACKENDS.items():
+            runs = name == self.backend
+            lines.append(f"{'->' if runs else '  '} {name:5} {what if runs else 'no: ' + self.reasons[name]}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explain(query, key, value, *args, alibi_slopes=None, backend=None, **options):
+    """Says which backend `attn` (or `attn_varlen`) would run, and in a sentence each why not the others.
+
+    Takes the arguments of either. Returns an object to print, with `.backend` (a name, or None where the wanted backend
+    cannot run the call) and `.reasons` (name -> sentence).
+    """
+    wanted = backend or forced
+    if wanted is not None:
+        check_name(wanted)
+    reasons, chosen = {}, None
+    for name in BACKENDS:
+        reason = obstacle(name, query, alibi_slopes)
+        if reason is None and wanted not in (None, name):
+            reason = f"{wanted!r} is asked for"
+        elif reason is None and chosen is not None:
+            reason = f"{chosen!r} is faster"
+        if reason is None:
+            chosen = name
+        else:
+            reasons[name] = reason
+    shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in (("q", query), ("k", key), ("v", value)))
+    return Explanation(chosen, reasons, f"{shapes}, {str(query.dtype).removeprefix('torch.')} on {query.device}")
+
+
+def select(query, alibi_slopes, backend):
+    """The name of the backend to run: the wanted one, else the fastest that can."""
+    wanted = backend or forced
+    if wanted is None:
+        return next(name for name in BACKENDS if obstacle(name, query, alibi_slopes) is None)
+    check_name(wanted)
+    reason = obstacle(wanted, query, alibi_slopes)
+    if reason is not None:
+        raise RuntimeError(f"backend: {wanted!r} cannot run this call: {reason}")
+    return wanted
+
+
+def obstacle(name, query, alibi_slopes):
+    """Why this backend cannot run the call; None if it can."""
+    device = query.device.type
+    if name == "math":
+        return None
+    if name != "cpu":
+        return f"it needs a GPU, the tensors are on {device}" if device != "cuda" else "it is not in this version"
+    if device != "cpu":
+        return f"the tensors are on {device}"
+    if native is None:
+        return f"the extension flash_ext._C did not load ({native_error})"
+    if query.dtype not in CPU_DTYPES:
+        return f"it has no {str(query.dtype).removeprefix('torch.')}"
+    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+        return "alibi_slopes requires a gradient, which only 'math' computes"
+    return None
+
+
+def check_name(name):
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+
+
+def build_info():
+    """What is installed: a dict of strings; of the native extension, how it was built."""
+    info = {"flash_ext": __version__, "torch": torch.__version__}
+    if native is None:
+        return info | {"extension": f"not loaded: {native_error}"}
+    return info | {"extension": "loaded"} | native.build_info()
