@@ -1,18 +1,13 @@
 // The ops' schemas (docs/design.md, section 7) and the Python module flash_ext._C, whose import loads
 // them. Implementations register themselves where they are: csrc/cpu/ops.cpp.
-#include <Python.h>
 #include <torch/csrc/stable/library.h>
-
-#include <stdexcept>
-
-#include "cpu/dispatch.h"
 
 STABLE_TORCH_LIBRARY(flash_ext, m) {
   m.def(
       "attn_fwd(Tensor q, Tensor k, Tensor v, float scale, int window_left=-1, int window_right=-1, "
       "bool top_left=False, bool out_bshd=False, float softcap=0.0, float dropout_p=0.0, "
-      "Tensor? attn_mask=None, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? rng_state=None) "
-      "-> (Tensor out, Tensor lse)");
+      "Tensor? attn_mask=None, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? rng_state=None, "
+      "bool deterministic=False) -> (Tensor out, Tensor lse)");
   m.def(
       "attn_bwd(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "float scale, int window_left, int window_right, bool top_left, float softcap, float dropout_p, "
@@ -22,7 +17,8 @@ STABLE_TORCH_LIBRARY(flash_ext, m) {
       "attn_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
       "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, int window_left=-1, int window_right=-1, "
       "bool top_left=False, float softcap=0.0, float dropout_p=0.0, Tensor? attn_mask=None, "
-      "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? rng_state=None) -> (Tensor out, Tensor lse)");
+      "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? rng_state=None, bool deterministic=False) "
+      "-> (Tensor out, Tensor lse)");
   m.def(
       "attn_varlen_bwd(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, "
@@ -30,6 +26,13 @@ STABLE_TORCH_LIBRARY(flash_ext, m) {
       "Tensor? alibi_slopes, Tensor? sinks, Tensor? rng_state, bool need_mask_grad, bool deterministic) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)");
 }
+
+#ifndef FLASH_EXT_NO_PYTHON  // C++ programs link the ops without Python
+#include <Python.h>
+
+#include <stdexcept>
+
+#include "cpu/dispatch.h"
 
 namespace {
 
@@ -48,10 +51,13 @@ namespace {
 #ifndef FLASH_EXT_BUILD_COMPILER
 #define FLASH_EXT_BUILD_COMPILER __VERSION__
 #endif
+#ifndef FLASH_EXT_BUILD_MODE
+#define FLASH_EXT_BUILD_MODE "unknown"
+#endif
 
 PyObject* build_info(PyObject*, PyObject*) {
-  return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s}", "version", FLASH_EXT_VERSION, "torch", FLASH_EXT_BUILD_TORCH, "device",
-                       FLASH_EXT_BUILD_DEVICE, "archs", FLASH_EXT_BUILD_ARCHS, "compiler", FLASH_EXT_BUILD_COMPILER);
+  return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:s}", "version", FLASH_EXT_VERSION, "torch", FLASH_EXT_BUILD_TORCH, "device",
+                       FLASH_EXT_BUILD_DEVICE, "archs", FLASH_EXT_BUILD_ARCHS, "compiler", FLASH_EXT_BUILD_COMPILER, "mode", FLASH_EXT_BUILD_MODE);
 }
 
 // Runs f, turning what it throws into a ValueError.
@@ -101,3 +107,4 @@ PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }
+#endif  // FLASH_EXT_NO_PYTHON

@@ -344,7 +344,7 @@ BwdCall prepare_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse, cons
   p.dk = writable(call.dk);
   p.dv = writable(call.dv);
 
-  call.dmask = empty(q, {0}, acc);
+  call.dmask = empty(q, {0}, p.dtype);
   call.dsinks = empty(q, {0}, acc);
   if (need_mask_grad) {
     FX_CHECK(options.attn_mask && dtype_of(*options.attn_mask, "attn_mask") != DType::b8,
@@ -367,7 +367,7 @@ BwdCall prepare_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse, cons
 }
 
 Tensor BwdCall::finished_dmask(const OptionalTensor& attn_mask) const {
-  if (!attn_mask || dmask.dim() != 4 || dmask.scalar_type() == attn_mask->scalar_type()) return dmask;
+  if (dmask.dim() != 4 || dmask.scalar_type() == attn_mask->scalar_type()) return dmask;
   return torch::stable::to(dmask, attn_mask->scalar_type());
 }
 

@@ -7,6 +7,7 @@
 namespace flash_ext {
 namespace {
 
+// deterministic is not read: the CPU backend always is, for a given number of threads.
 using Pair = std::tuple<Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -19,7 +20,8 @@ Pair run_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Packing* p
 
 Pair attn_fwd(const Tensor& q, const Tensor& k, const Tensor& v, double scale, int64_t window_left, int64_t window_right,
               bool top_left, bool out_bshd, double softcap, double dropout_p, const OptionalTensor& attn_mask,
-              const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& rng_state) {
+              const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& rng_state,
+              bool /*deterministic*/) {
   return run_fwd(q, k, v, nullptr, out_bshd,
                  {scale, softcap, dropout_p, window_left, window_right, top_left, attn_mask, alibi_slopes, sinks, rng_state});
 }
@@ -28,7 +30,7 @@ Pair attn_varlen_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Te
                      const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
                      int64_t window_left, int64_t window_right, bool top_left, double softcap, double dropout_p,
                      const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
-                     const OptionalTensor& rng_state) {
+                     const OptionalTensor& rng_state, bool /*deterministic*/) {
   const Packing packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
   return run_fwd(q, k, v, &packing, false,
                  {scale, softcap, dropout_p, window_left, window_right, top_left, attn_mask, alibi_slopes, sinks, rng_state});
@@ -42,7 +44,6 @@ Five run_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tenso
   return {call.dq, call.dk, call.dv, call.finished_dmask(options.attn_mask), call.dsinks};
 }
 
-// deterministic is not read: the CPU backend always is, for a given number of threads.
 Five attn_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
               const Tensor& out, const Tensor& lse, double scale, int64_t window_left, int64_t window_right, bool top_left,
               double softcap, double dropout_p, const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
