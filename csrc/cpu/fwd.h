@@ -9,9 +9,9 @@
 
 namespace flash_ext::cpu::FX_ISA {
 
-inline constexpr int kBlockRows = 48;  // a multiple of kMaxRows
+inline constexpr int kBlockRows = 24;  // a multiple of kMaxRows, as little as possible beyond a diagonal
 template <typename Math>
-inline constexpr int kBlockKeys = 256;  // scores of a row block stay in the first caches
+inline constexpr int kBlockKeys = 512;  // a packed block of K and of V fits the second cache
 
 // Ends a row: divides by the softmax's denominator, or leaves the pieces for fwd_combine.
 template <typename T, typename S>
