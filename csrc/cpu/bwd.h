@@ -114,11 +114,10 @@ class BwdTile {
   template <bool kGeneral>
   static void finish_lanes(S* p_row, S* ds_row, int begin, int end, int from, int to, S scale, S lse, S delta,
                            const S* keep, const S* slope) {
-    constexpr S kLog2e = S(1.4426950408889634074);
-    const V multiplier = V::all(scale * kLog2e), shift = V::all(kGeneral ? lse : lse * kLog2e), minus = V::all(delta);
+    const ExpOf<Math, kGeneral> exp_of(scale, lse);
+    const V minus = V::all(delta);
     for (int j = from; j < to; j += V::kLanes) {
-      const V score = V::load(p_row + j);
-      V p = exp2<Math::kCoarseExp>(kGeneral ? (score - shift) * multiplier : fms(score, multiplier, shift));
+      const V p = exp_of(V::load(p_row + j));
       V dp = V::load(ds_row + j), kept = p;
       if (keep) {
         dp = dp * V::load(keep + j);

@@ -114,7 +114,7 @@ template <typename Math, bool kGeneral, typename S = typename Math::Acc>
 inline S softmax_step(SoftmaxState<S>& state, const S* s, int begin, int end, S scale, const S* keep,
                       typename Math::Word* probs, int out_begin, int out_end) {
   using V = Vec<S>;
-  constexpr S kInf = std::numeric_limits<S>::infinity(), kLog2e = S(1.4426950408889634074);
+  constexpr S kInf = std::numeric_limits<S>::infinity();
   constexpr int kL = V::kLanes, kStep = kL * Math::kWordElements;
   const auto zero_fill = [&](int from, int to) {
     V zeros[Math::kWordElements];
@@ -151,8 +151,7 @@ inline S softmax_step(SoftmaxState<S>& state, const S* s, int begin, int end, S 
   const S rescale = state.top == new_top ? S(1) : std::exp(state.top - new_top);
 
   V sum = V::zero();
-  const V multiplier = V::all(kGeneral ? kLog2e : scale * kLog2e);
-  const V shift = V::all(kGeneral ? new_top : new_top * kLog2e);
+  const ExpOf<Math, kGeneral> exp_of(scale, new_top);
   const int from = begin / kStep * kStep, to = (end + kStep - 1) / kStep * kStep;
   zero_fill(out_begin, std::min(from, out_end));
   for (int at = from; at < to; at += kStep) {
@@ -160,12 +159,13 @@ inline S softmax_step(SoftmaxState<S>& state, const S* s, int begin, int end, S 
 #pragma GCC unroll 2
     for (int u = 0; u < Math::kWordElements; ++u) {
       const int i = at + u * kL;
-      const V x = V::load(s + i);
-      p[u] = exp2<Math::kCoarseExp>(kGeneral ? (x - shift) * multiplier : fms(x, multiplier, shift));
-      if (i < begin || i + kL > end) p[u] = select(inside(i), p[u], V::zero());
-      sum = sum + p[u];
-      if (keep) p[u] = p[u] * V::load(keep + i);
-      if (keep && (i < begin || i + kL > end)) p[u] = select(inside(i), p[u], V::zero());  // keep is anything there
+      const bool whole = i >= begin && i + kL <= end;
+      V x = exp_of(V::load(s + i));
+      if (!whole) x = select(inside(i), x, V::zero());
+      sum = sum + x;
+      if (keep) x = x * V::load(keep + i);
+      if (keep && !whole) x = select(inside(i), x, V::zero());  // keep is anything there
+      p[u] = x;
     }
     Math::store_operand(probs + at / Math::kWordElements, p);
   }

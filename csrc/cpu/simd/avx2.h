@@ -110,6 +110,11 @@ inline F fms(F a, F b, F c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }   // a 
 inline F fnma(F a, F b, F c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a b
 inline F max(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }               // b where either is NaN
 inline F round(F x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline F fraction(F y, F& exponent) {  // y - floor(y), and floor(y)
+  y = max(F::all(-2000), y);  // so that -inf - floor(-inf) is no NaN
+  exponent = {_mm256_round_ps(y.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+  return y - exponent;
+}
 inline F select(F::Mask m, F a, F b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
 inline F abs(F x) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.v)}; }
 inline F::Mask less(F a, F b) { return _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ); }
@@ -141,6 +146,11 @@ inline D fms(D a, D b, D c) { return {_mm256_fmsub_pd(a.v, b.v, c.v)}; }
 inline D fnma(D a, D b, D c) { return {_mm256_fnmadd_pd(a.v, b.v, c.v)}; }
 inline D max(D a, D b) { return {_mm256_max_pd(a.v, b.v)}; }
 inline D round(D x) { return {_mm256_round_pd(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline D fraction(D y, D& exponent) {  // y - floor(y), and floor(y)
+  y = max(D::all(-2000), y);  // so that -inf - floor(-inf) is no NaN
+  exponent = {_mm256_round_pd(y.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+  return y - exponent;
+}
 inline D select(D::Mask m, D a, D b) { return {_mm256_blendv_pd(b.v, a.v, m)}; }
 inline D abs(D x) { return {_mm256_andnot_pd(_mm256_set1_pd(-0.0), x.v)}; }
 inline D::Mask less(D a, D b) { return _mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ); }

@@ -83,7 +83,11 @@ inline F fms(F a, F b, F c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }   // a 
 inline F fnma(F a, F b, F c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a b
 inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }               // b where either is NaN
 inline F round(F x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT)}; }
-inline F scale_by_exp2(F x, F n) { return {_mm512_scalef_ps(x.v, n.v)}; }  // x 2^n, n integral
+inline F scale_by_exp2(F x, F n) { return {_mm512_scalef_ps(x.v, n.v)}; }  // x 2^floor(n)
+inline F fraction(F y, F& exponent) {  // y - floor(y); the exponent is y, whose floor counts
+  exponent = y;
+  return {_mm512_reduce_ps(y.v, _MM_FROUND_TO_NEG_INF)};
+}
 inline F select(F::Mask m, F a, F b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
 inline F abs(F x) { return {_mm512_abs_ps(x.v)}; }
 inline F::Mask less(F a, F b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
@@ -101,6 +105,10 @@ inline D fnma(D a, D b, D c) { return {_mm512_fnmadd_pd(a.v, b.v, c.v)}; }
 inline D max(D a, D b) { return {_mm512_max_pd(a.v, b.v)}; }
 inline D round(D x) { return {_mm512_roundscale_pd(x.v, _MM_FROUND_TO_NEAREST_INT)}; }
 inline D scale_by_exp2(D x, D n) { return {_mm512_scalef_pd(x.v, n.v)}; }
+inline D fraction(D y, D& exponent) {  // y - floor(y); the exponent is y, whose floor counts
+  exponent = y;
+  return {_mm512_reduce_pd(y.v, _MM_FROUND_TO_NEG_INF)};
+}
 inline D select(D::Mask m, D a, D b) { return {_mm512_mask_blend_pd(m, b.v, a.v)}; }
 inline D abs(D x) { return {_mm512_abs_pd(x.v)}; }
 inline D::Mask less(D a, D b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ); }

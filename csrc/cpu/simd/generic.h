@@ -74,6 +74,12 @@ template <typename S> Vec<S> fms(Vec<S> a, Vec<S> b, Vec<S> c) { return {a.v * b
 template <typename S> Vec<S> fnma(Vec<S> a, Vec<S> b, Vec<S> c) { return {c.v - a.v * b.v}; }
 template <typename S> Vec<S> max(Vec<S> a, Vec<S> b) { return {a.v > b.v ? a.v : b.v}; }  // b where either is NaN
 template <typename S> Vec<S> round(Vec<S> x) { return map<S>(x, std::nearbyint); }
+template <typename S>
+Vec<S> fraction(Vec<S> y, Vec<S>& exponent) {  // y - floor(y), and floor(y)
+  y = max(Vec<S>::all(-2000), y);  // so that -inf - floor(-inf) is no NaN
+  exponent = map<S>(y, std::floor);
+  return y - exponent;
+}
 template <typename S> Vec<S> select(typename Vec<S>::Mask m, Vec<S> a, Vec<S> b) { return {m ? a.v : b.v}; }
 template <typename S> Vec<S> abs(Vec<S> x) { return map<S>(x, std::fabs); }
 template <typename S> typename Vec<S>::Mask less(Vec<S> a, Vec<S> b) { return a.v < b.v; }
