@@ -75,8 +75,13 @@ void fwd(const AttnParams& p, const FwdTask& t, const FwdParts& parts, Scratch& 
   Scores<S> scores(p, t.seq, kKeys, scratch);
 
   const Rows<const T> k = kv_rows<const T>(p.k, t.seq, t.head_kv), v = kv_rows<const T>(p.v, t.seq, t.head_kv);
+  const auto finish = [&](const RowBlock& block) {
+    for (int64_t r = block.begin; r < block.begin + block.count; ++r)
+      finish_row<T>(p, t, parts, r, state[r - t.row_begin], acc + (r - t.row_begin) * acc_ld);
+  };
   KeyRange all{t.kv_end, t.kv_begin};  // keys that any row sees
   for_each_block<kBlockRows>(t, mask, [&](const RowBlock& block) {
+    if (block.keys.begin >= block.keys.end) return finish(block);
     all.begin = std::min(all.begin, block.keys.begin);
     all.end = std::max(all.end, block.keys.end);
   });
@@ -90,6 +95,7 @@ void fwd(const AttnParams& p, const FwdTask& t, const FwdParts& parts, Scratch& 
       const int seen_begin = int(std::max<int64_t>(block.keys.begin - kv0, 0));
       const int seen_end = int(std::min<int64_t>(block.keys.end - kv0, keys));
       if (seen_begin >= seen_end) return;
+      const bool last = kv0 + keys >= block.keys.end;
       constexpr int kWordVector = kLanes<Math> * Math::kWordElements;
       const int out_begin = seen_begin / kWordVector * kWordVector;
       const int out_end = int(round_up(seen_end, kWordVector));
@@ -97,6 +103,11 @@ void fwd(const AttnParams& p, const FwdTask& t, const FwdParts& parts, Scratch& 
       for (int i = 0; i < block.count; ++i) {
         const Row row = row_at(p, t, block.begin + i);
         pack_row<Math>(q_rows<const T>(p.q, t.seq, row.head)[row.query], head_dim, q_pack + i * q_ld);
+        if (block.begin + block.count + i < t.row_end) {
+          const Row next = row_at(p, t, block.begin + block.count + i);
+          prefetch(q_rows<const T>(p.q, t.seq, next.head)[next.query], head_dim);
+        }
+        if (last && t.part < 0) prefetch_for_write(q_rows<const T>(p.o, t.seq, row.head)[row.query], head_dim_v);
       }
       // s = q kᵀ
       for (int j = seen_begin / kPanel<Math> * kPanel<Math>; j < seen_end; j += kPanel<Math>)
@@ -129,10 +140,9 @@ void fwd(const AttnParams& p, const FwdTask& t, const FwdParts& parts, Scratch& 
       const int64_t depth = words<Math>(std::min(out_end, keys)) - k0;
       multiply<Math>(block.count, head_dim_v, depth, probs + k0, kProbStride, v_pack + k0 * kPanel<Math>,
                      words<Math>(keys), acc + first * acc_ld, acc_ld, true);
+      if (last) finish(block);
     });
   }
-  for (int64_t r = 0; r < rows; ++r)
-    finish_row<T>(p, t, parts, t.row_begin + r, state[r], acc + r * acc_ld);
 }
 
 // Adds up the parts of rows whose keys were split over several tasks.

@@ -7,14 +7,6 @@ namespace flash_ext::cpu::FX_ISA {
 
 inline constexpr int kFewRows = 8;
 
-// The rows n + kAhead, which streams of short rows do not get from the hardware prefetchers in time.
-template <typename T>
-inline void prefetch(Rows<const T> x, int n, int columns) {
-  constexpr int kAheadBytes = 4096;
-  const char* row = reinterpret_cast<const char*>(x[n]) + kAheadBytes;
-  for (int i = 0; i < columns * int(sizeof(T)); i += 64) __builtin_prefetch(row + i);
-}
-
 // s[r * stride + n] = q[r] · k[n] for kRows rows of words and n in [0, keys).
 template <typename T, typename Math, int kRows>
 inline void few_scores(const typename Math::Word* q, int64_t q_ld, Rows<const T> k, int keys, int head_dim,
@@ -25,7 +17,7 @@ inline void few_scores(const typename Math::Word* q, int64_t q_ld, Rows<const T>
   constexpr int kKeysAtOnce = std::max(V::kLanes / kRows, 1), kSums = kRows * kKeysAtOnce;  // a vector of results
   for (int n0 = 0; n0 < keys; n0 += kKeysAtOnce) {
     const int n = std::max(std::min(n0, keys - kKeysAtOnce), 0);  // the last step repeats some keys
-    for (int u = 0; u < kKeysAtOnce; ++u) prefetch(k, n + u, head_dim);
+    for (int u = 0; u < kKeysAtOnce; ++u) prefetch_ahead(k[n + u], head_dim);
     V sum[kSums];
 #pragma GCC unroll 16
     for (V& x : sum) x = V::zero();
@@ -64,7 +56,7 @@ inline void few_products(const S* probs, int64_t stride, Rows<const T> v, int be
     for (int n = begin; n < end; ++n) {
       V x[kCount];
       const T* row = v[n] + j;
-      if (j == 0) prefetch(v, n, head_dim_v);
+      if (j == 0) prefetch_ahead(v[n], head_dim_v);
 #pragma GCC unroll 8
       for (int c = 0; c < kCount; ++c)  // only a single vector may stand over the end
         x[c] = kCount > 1 || head_dim_v - j >= V::kLanes ? V::load(row + c * V::kLanes) : V::load(row, head_dim_v - j);

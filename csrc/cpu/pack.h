@@ -11,6 +11,20 @@ constexpr int64_t words(int64_t elements) {
 }
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+template <typename T>
+inline void prefetch(const T* row, int columns) {
+  for (int i = 0; i < columns * int(sizeof(T)); i += 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + i);
+}
+template <typename T>
+inline void prefetch_for_write(const T* row, int columns) {
+  for (int i = 0; i < columns * int(sizeof(T)); i += 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + i, 1);
+}
+// What lies 4 KB further on: streams of short rows do not get it from the hardware prefetchers in time.
+template <typename T>
+inline void prefetch_ahead(const T* row, int columns) {
+  prefetch(row + 4096 / sizeof(T), columns);
+}
+
 // kLanes words from the row x of n elements: lane i holds the elements of word i.
 template <typename Math, typename T>
 inline Vec<typename Math::Acc> load_words(const T* x, int n) {
@@ -35,6 +49,7 @@ inline void pack_panels(RowOf row, int rows, int columns, typename Math::Word* t
   for (int64_t k = 0; k < depth; ++k) {
     const auto* x = row(k * Math::kWordElements);
     [[maybe_unused]] const auto* next = 2 * k + 1 < rows ? row(2 * k + 1) : nullptr;
+    prefetch_ahead(x, columns * Math::kWordElements);
     for (int j = 0; j < columns; j += V::kLanes) {
       auto* at = to + (j / kPanel<Math> * depth + k) * kPanel<Math> + j % kPanel<Math>;
       const int n = std::min(columns - j, V::kLanes);
@@ -53,6 +68,7 @@ inline void pack_panels_transposed(RowOf row, int rows, int columns, typename Ma
   constexpr int kL = V::kLanes, kStep = kL * Math::kWordElements;
   const int64_t depth = words<Math>(columns);
   for (int r0 = 0; r0 < rows; r0 += kL) {
+    for (int r = r0; r < std::min(r0 + kL, rows); ++r) prefetch_ahead(row(r), columns);
     S* panel = (S*)to + r0 / kPanel<Math> * depth * kPanel<Math> + r0 % kPanel<Math>;
     for (int j = 0; j < columns; j += kStep) {
       V block[kL];
