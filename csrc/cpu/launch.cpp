@@ -14,8 +14,9 @@ namespace flash_ext::cpu {
 namespace {
 
 constexpr int64_t kFewRows = 8;          // up to here K and V are not packed
-constexpr int64_t kTaskRows = 768;       // so many rows share one packing of K and V
+constexpr int64_t kTaskRows = 1024;       // so many rows share one packing of K and V
 constexpr int64_t kMinTaskRows = 96;
+constexpr int64_t kRowStep = 24;         // rows of a block of fwd.h
 constexpr int64_t kMinPartKeys = 512;    // a task gets no fewer keys when keys are split
 constexpr int64_t kBwdTaskKeys = 192;    // block sizes of bwd.h
 constexpr int64_t kBwdTaskRows = 96;
@@ -98,6 +99,7 @@ void attn_fwd(const AttnParams& p) {
   // Rows a task: many, for the packing; few enough to occupy the threads several times over.
   const bool few_rows = group * p.seq_q <= kFewRows;
   int64_t task_rows = few_rows ? kFewRows : std::min(kTaskRows, group * p.seq_q);
+  if (!few_rows) task_rows = ceil_div(ceil_div(group * p.seq_q, ceil_div(group * p.seq_q, kTaskRows)), kRowStep) * kRowStep;
   while (!few_rows && task_rows > kMinTaskRows && units * ceil_div(group * p.seq_q, task_rows) < 4 * threads)
     task_rows = std::max(kMinTaskRows, ceil_div(task_rows / 2, kMinTaskRows / 2) * (kMinTaskRows / 2));
   // If that does not, the keys are split too.
