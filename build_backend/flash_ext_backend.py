@@ -6,6 +6,7 @@ for every build. It is asked for only where there is none; an sdist and the meta
 
 import shutil
 import sys
+from pathlib import Path
 
 from native_build import host_compiler
 from setuptools import build_meta as _setuptools
@@ -26,3 +27,9 @@ def get_requires_for_build_wheel(config_settings=None):
 
 def get_requires_for_build_editable(config_settings=None):
     return _setuptools.get_requires_for_build_editable(config_settings) + _native_requirements()
+
+
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    for leftover in Path("build").glob("lib*"):  # Python files that are gone from the tree would stay in the wheel
+        shutil.rmtree(leftover)
+    return _setuptools.build_wheel(wheel_directory, config_settings, metadata_directory)
