@@ -45,8 +45,8 @@ def varlen(
     )
     scale, left, right, top_left, attn_mask, alibi_slopes, sinks, rng_state = options
     return (
-        q, k, v, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k, scale, left, right, top_left, softcap,
-        dropout_p, attn_mask, alibi_slopes, sinks, rng_state,
+        q, k, v, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k, scale, left, right,
+        top_left, softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Case:
-    """One call, but for its dtype and device. Packed (attn_varlen) where lengths_q is given; seq_q and batch are then not."""
+    """One call, but for its dtype and device. With lengths_q it is packed (attn_varlen), and batch and seq_* do not count."""
 
     id: str
     batch: int = 2
@@ -325,8 +325,8 @@ def lay_out(tensors, strides, layout):
 def make_mask(spec, full, normal, dtype):
     """A random mask; spec is "dtype:shape".
 
-    dtype: "bool", "float" (float32; float64 with float64 inputs), "half" (float16) or "same" (as the inputs). shape: one
-    letter of "bhqk" a dimension, in full size; "1" for a size of 1; a capital for one value expanded by stride 0.
+    dtype: "bool", "float" (float32; float64 with float64 inputs), "half" (float16) or "same" (as the inputs). shape:
+    one letter of "bhqk" a dimension, in full size; "1" for a size of 1; a capital for one value expanded by stride 0.
     Some entries, and some whole rows, are masked out.
     """
     if spec is None:
@@ -391,9 +391,9 @@ class Error:
 def errors(inputs, results):
     """An Error for each of the results of `run`, by the rule of FlashAttention's tests.
 
-    Allowed is 2 times (gradients: 3 times) the error of plain torch operations in the same dtype, plus a few units in the
-    last place of the largest value. Sums in the accumulation dtype may also be taken in another order than torch's: sqrt(n)
-    roundings for n terms, of the largest gradient where terms cancel.
+    Allowed is 2 times (gradients: 3 times) the error of plain torch operations in the same dtype, plus a few units in
+    the last place of the largest value. Sums in the accumulation dtype may also be taken in another order than torch's:
+    sqrt(n) roundings for n terms, of the largest gradient where terms cancel.
     """
     dtype, acc = inputs.args[0].dtype, acc_dtype(inputs.args[0].dtype)
     grads = "dq" in results
