@@ -1,0 +1,166 @@
+"""flash_ext.integrations.transformers: small models with random weights, against their own eager attention."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from flash_ext.integrations.transformers import attention, register  # noqa: E402
+
+BATCH, TOKENS = 3, 20
+SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=100)
+GROUPED = dict(**SMALL, num_key_value_heads=2, head_dim=16)
+
+
+def bert():
+    return transformers.BertModel(transformers.BertConfig(**SMALL))
+
+
+def llama():
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED))
+
+
+def mistral():
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**GROUPED, sliding_window=8))
+
+
+def gemma2():
+    options = dict(sliding_window=8, query_pre_attn_scalar=16, attn_logit_softcapping=2.0)
+    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**GROUPED, **options))
+
+
+def gpt_oss():  # sinks
+    options = dict(sliding_window=8, num_local_experts=2, num_experts_per_tok=1)
+    layers = ["sliding_attention", "full_attention"]
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**GROUPED, **options, layer_types=layers))
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks)
+    return model
+
+
+def t5():  # position bias
+    sizes = dict(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=100)
+    return transformers.T5Model(transformers.T5Config(**sizes))
+
+
+def modernbert():  # a window to both sides
+    options = dict(num_hidden_layers=4, local_attention=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    sizes = SMALL | options | dict(cls_token_id=1, sep_token_id=2)
+    return transformers.ModernBertModel(transformers.ModernBertConfig(**sizes))
+
+
+MODELS = (bert, llama, mistral, gemma2, gpt_oss, t5, modernbert)
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda make: make.__name__)
+def model(request):
+    torch.manual_seed(0)
+    return request.param().eval()
+
+
+def tokens():
+    return torch.randint(3, 100, (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
+
+
+def padding(side):
+    mask = torch.ones(BATCH, TOKENS, dtype=torch.long)
+    if side == "left":
+        mask[1, :7] = mask[2, :15] = 0
+    elif side == "right":
+        mask[1, 7:] = mask[2, 15:] = 0
+    return mask
+
+
+def run(model, implementation, **inputs):
+    model.set_attn_implementation(implementation)
+    return model(**inputs)[0]
+
+
+@pytest.mark.parametrize("side", ("none", "left", "right"))
+def test_same_as_eager(model, side):
+    mask = padding(side)
+    inputs = dict(input_ids=tokens(), attention_mask=mask)
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens()[:, :6]
+    with torch.no_grad():
+        expected, found = (run(model, name, **inputs) for name in ("eager", register()))
+    if not model.config.is_encoder_decoder:
+        expected, found = expected[mask.bool()], found[mask.bool()]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cache", ("dynamic", "static"))
+@pytest.mark.parametrize("make", (llama, mistral, gemma2, gpt_oss), ids=lambda make: make.__name__)
+def test_generates_the_same_tokens(make, cache):
+    torch.manual_seed(0)
+    model = make().eval()
+    inputs = dict(input_ids=tokens(), attention_mask=padding("left"))
+    found = []
+    for name in ("eager", register()):
+        model.set_attn_implementation(name)
+        options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, cache_implementation=cache)
+        found.append(model.generate(**inputs, **options))
+    assert torch.equal(*found)
+
+
+def test_gradients(model):
+    inputs = dict(input_ids=tokens(), attention_mask=padding("right"))
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens()[:, :6]
+    found = []
+    for name in ("eager", register()):
+        model.zero_grad()
+        out = run(model, name, **inputs)
+        (out if model.config.is_encoder_decoder else out[padding("right").bool()]).square().mean().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def qkv(seq_q=5, seq_kv=5):
+    return [torch.randn(2, heads, seq, 16) for heads, seq in ((4, seq_q), (2, seq_kv), (2, seq_kv))]
+
+
+def test_output_needs_no_copy():
+    q, k, v = qkv()
+    out, weights = attention(torch.nn.Module(), q, k, v, None, is_causal=False)
+    assert out.shape == (2, 5, 4, 16) and out.is_contiguous() and weights is None
+
+
+def test_one_query_sees_the_whole_cache():
+    q, k, v = qkv(seq_q=1, seq_kv=9)
+    found, _ = attention(torch.nn.Module(), q, k, v, None, is_causal=True)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("mask", (None, "bool", "float"))
+def test_position_bias_and_mask(mask):
+    q, k, v = qkv()
+    bias = torch.randn(1, 4, 5, 5)
+    keep = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
+    full = bias if mask is None else bias.masked_fill(~keep, -torch.inf)
+    given = {None: None, "bool": keep, "float": torch.zeros(5, 5).masked_fill(~keep, -torch.inf)}[mask]
+    found, _ = attention(torch.nn.Module(), q, k, v, given, is_causal=False, position_bias=bias)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, full, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
+
+
+def test_name_with_flash_is_refused():
+    with pytest.raises(ValueError, match="^name: expected .*got 'flash_ext'"):
+        register("flash_ext")
+
+
+@pytest.mark.parametrize(
+    "option, error",
+    (
+        (dict(output_attentions=True), ValueError),
+        (dict(cache=object()), NotImplementedError),
+        (dict(cu_seq_lens_q=torch.tensor([0, 5], dtype=torch.int32)), NotImplementedError),
+    ),
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_not_supported_says_so(option, error):
+    with pytest.raises(error, match=f"^{next(iter(option))}: "):
+        attention(torch.nn.Module(), *qkv(), None, **option)
