@@ -4,26 +4,37 @@
 
 STABLE_TORCH_LIBRARY(flash_ext, m) {
   m.def(
-      "attn_fwd(Tensor q, Tensor k, Tensor v, float scale, int window_left=-1, int window_right=-1, "
+      "attn_fwd(Tensor q, Tensor k, Tensor v, float scale, int window_left=-1, int "
+      "window_right=-1, "
       "bool top_left=False, bool out_bshd=False, float softcap=0.0, float dropout_p=0.0, "
-      "Tensor? attn_mask=None, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? rng_state=None, "
+      "Tensor? attn_mask=None, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? "
+      "rng_state=None, "
       "bool deterministic=False) -> (Tensor out, Tensor lse)");
   m.def(
-      "attn_bwd(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "float scale, int window_left, int window_right, bool top_left, float softcap, float dropout_p, "
-      "Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? rng_state, bool need_mask_grad, "
+      "attn_bwd(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "Tensor lse, "
+      "float scale, int window_left, int window_right, bool top_left, float softcap, float "
+      "dropout_p, "
+      "Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? rng_state, bool "
+      "need_mask_grad, "
       "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)");
   m.def(
       "attn_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-      "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, int window_left=-1, int window_right=-1, "
+      "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, int window_left=-1, int "
+      "window_right=-1, "
       "bool top_left=False, float softcap=0.0, float dropout_p=0.0, Tensor? attn_mask=None, "
-      "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? rng_state=None, bool deterministic=False) "
+      "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? rng_state=None, bool "
+      "deterministic=False) "
       "-> (Tensor out, Tensor lse)");
   m.def(
-      "attn_varlen_bwd(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, "
-      "int window_left, int window_right, bool top_left, float softcap, float dropout_p, Tensor? attn_mask, "
-      "Tensor? alibi_slopes, Tensor? sinks, Tensor? rng_state, bool need_mask_grad, bool deterministic) "
+      "attn_varlen_bwd(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor "
+      "out, Tensor lse, "
+      "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float "
+      "scale, "
+      "int window_left, int window_right, bool top_left, float softcap, float dropout_p, Tensor? "
+      "attn_mask, "
+      "Tensor? alibi_slopes, Tensor? sinks, Tensor? rng_state, bool need_mask_grad, bool "
+      "deterministic) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)");
 }
 
@@ -56,8 +67,10 @@ namespace {
 #endif
 
 PyObject* build_info(PyObject*, PyObject*) {
-  return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:s}", "version", FLASH_EXT_VERSION, "torch", FLASH_EXT_BUILD_TORCH, "device",
-                       FLASH_EXT_BUILD_DEVICE, "archs", FLASH_EXT_BUILD_ARCHS, "compiler", FLASH_EXT_BUILD_COMPILER, "mode", FLASH_EXT_BUILD_MODE);
+  return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:s}", "version", FLASH_EXT_VERSION, "torch",
+                       FLASH_EXT_BUILD_TORCH, "device", FLASH_EXT_BUILD_DEVICE, "archs",
+                       FLASH_EXT_BUILD_ARCHS, "compiler", FLASH_EXT_BUILD_COMPILER, "mode",
+                       FLASH_EXT_BUILD_MODE);
 }
 
 // Runs f, turning what it throws into a ValueError.
@@ -94,7 +107,8 @@ PyObject* set_cpu_isa(PyObject*, PyObject* args) {
 }
 
 PyMethodDef methods[] = {
-    {"build_info", build_info, METH_NOARGS, "What this module was built from and for: dict of str."},
+    {"build_info", build_info, METH_NOARGS,
+     "What this module was built from and for: dict of str."},
     {"cpu_isas", cpu_isas, METH_NOARGS, "The instruction sets usable on this machine, best first."},
     {"cpu_isa", cpu_isa, METH_NOARGS, "The instruction set that the CPU backend uses."},
     {"set_cpu_isa", set_cpu_isa, METH_VARARGS, "set_cpu_isa(name): use another one of cpu_isas()."},
@@ -104,7 +118,8 @@ PyMethodDef methods[] = {
 }  // namespace
 
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }
 #endif  // FLASH_EXT_NO_PYTHON

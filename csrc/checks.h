@@ -15,8 +15,8 @@ std::string message(const Parts&... parts) {
 
 }  // namespace flash_ext
 
-#define FX_CHECK(condition, ...)                                                        \
-  do {                                                                                  \
-    if (!(condition)) [[unlikely]]                                                      \
-      throw std::runtime_error(::flash_ext::message(__VA_ARGS__));                      \
+#define FX_CHECK(condition, ...)                                   \
+  do {                                                             \
+    if (!(condition)) [[unlikely]]                                 \
+      throw std::runtime_error(::flash_ext::message(__VA_ARGS__)); \
   } while (false)

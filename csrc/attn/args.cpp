@@ -62,7 +62,8 @@ void check_rank(const Tensor& t, const char* name, int64_t rank, const char* sha
 }
 
 void check_same_device(const Tensor& t, const char* name, const Tensor& q) {
-  FX_CHECK(t.device() == q.device(), name, ": expected a tensor on the device of q, got one on another device");
+  FX_CHECK(t.device() == q.device(), name,
+           ": expected a tensor on the device of q, got one on another device");
 }
 
 void check_dtype(const Tensor& t, const char* name, DType expected, const char* why) {
@@ -81,7 +82,8 @@ TensorView view_of(const Tensor& t, bool packed) {
   return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, DType dtype) {
+Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes,
+             const std::vector<int64_t>& strides, DType dtype) {
   AtenTensorHandle handle;
   int32_t device_type, device_index, type = 0;
   aoti_torch_get_device_type(like.get(), &device_type);
@@ -92,8 +94,8 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, const std::v
     case DType::f64: type = aoti_torch_dtype_float64(); break;
     default: type = aoti_torch_dtype_float32(); break;
   }
-  FX_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), type, device_type, device_index,
-                                    &handle) == 0,
+  FX_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), type, device_type,
+                                    device_index, &handle) == 0,
            "out: could not be allocated");
   return Tensor(handle);
 }
@@ -115,9 +117,12 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, DType dtype)
 // q, k, v against each other; fills the sizes and views.
 void read_qkv(const Tensor& q, const Tensor& k, const Tensor& v, bool packed, AttnParams& p) {
   const int64_t rank = packed ? 3 : 4, heads = packed ? 1 : 1, dim = rank - 1;
-  check_rank(q, "q", rank, packed ? "[total_q, heads_q, head_dim]" : "[batch, heads_q, seq_q, head_dim]");
-  check_rank(k, "k", rank, packed ? "[total_k, heads_kv, head_dim]" : "[batch, heads_kv, seq_kv, head_dim]");
-  check_rank(v, "v", rank, packed ? "[total_k, heads_kv, head_dim_v]" : "[batch, heads_kv, seq_kv, head_dim_v]");
+  check_rank(q, "q", rank,
+             packed ? "[total_q, heads_q, head_dim]" : "[batch, heads_q, seq_q, head_dim]");
+  check_rank(k, "k", rank,
+             packed ? "[total_k, heads_kv, head_dim]" : "[batch, heads_kv, seq_kv, head_dim]");
+  check_rank(v, "v", rank,
+             packed ? "[total_k, heads_kv, head_dim_v]" : "[batch, heads_kv, seq_kv, head_dim_v]");
   p.dtype = dtype_of(q, "q");
   FX_CHECK(p.dtype != DType::b8, "q: expected float16, bfloat16, float32 or float64, got bool");
   check_same_device(k, "k", q);
@@ -131,12 +136,16 @@ void read_qkv(const Tensor& q, const Tensor& k, const Tensor& v, bool packed, At
   p.head_dim_v = v.size(dim);
   FX_CHECK(p.head_dim > 0, "q: expected head_dim of at least 1, got 0");
   FX_CHECK(p.head_dim_v > 0, "v: expected head_dim of at least 1, got 0");
-  FX_CHECK(k.size(dim) == p.head_dim, "k: expected head_dim ", p.head_dim, " as in q, got ", k.size(dim));
-  FX_CHECK(v.size(heads) == p.heads_kv, "v: expected ", p.heads_kv, " heads as in k, got ", v.size(heads));
-  FX_CHECK(p.heads_kv > 0 ? p.heads_q % p.heads_kv == 0 : p.heads_q == 0, "k: expected a number of heads that divides ",
-           p.heads_q, ", the heads of q, got ", p.heads_kv);
+  FX_CHECK(k.size(dim) == p.head_dim, "k: expected head_dim ", p.head_dim, " as in q, got ",
+           k.size(dim));
+  FX_CHECK(v.size(heads) == p.heads_kv, "v: expected ", p.heads_kv, " heads as in k, got ",
+           v.size(heads));
+  FX_CHECK(p.heads_kv > 0 ? p.heads_q % p.heads_kv == 0 : p.heads_q == 0,
+           "k: expected a number of heads that divides ", p.heads_q, ", the heads of q, got ",
+           p.heads_kv);
   if (packed) {
-    FX_CHECK(v.size(0) == k.size(0), "v: expected total_k ", k.size(0), " as in k, got ", v.size(0));
+    FX_CHECK(v.size(0) == k.size(0), "v: expected total_k ", k.size(0), " as in k, got ",
+             v.size(0));
   } else {
     p.batch = q.size(0);
     p.seq_q = q.size(2);
@@ -148,11 +157,12 @@ void read_qkv(const Tensor& q, const Tensor& k, const Tensor& v, bool packed, At
   // Work is counted in doubles and rows of a KV head in int64: both are far from their ends below this.
   constexpr int64_t kMost = int64_t{1} << 40;
   for (const Tensor* t : {&q, &k, &v})
-    for (int64_t d = 0; d < rank; ++d) FX_CHECK(t->size(d) < kMost, "q, k, v: expected sizes below 2^40");
+    for (int64_t d = 0; d < rank; ++d)
+      FX_CHECK(t->size(d) < kMost, "q, k, v: expected sizes below 2^40");
 }
 
-const int32_t* read_cu_seqlens(const Tensor& cu, const char* name, const Tensor& q, int64_t total, const char* total_name,
-                               int64_t max_seqlen, const char* max_name) {
+const int32_t* read_cu_seqlens(const Tensor& cu, const char* name, const Tensor& q, int64_t total,
+                               const char* total_name, int64_t max_seqlen, const char* max_name) {
   FX_CHECK(cu.dim() == 1 && cu.size(0) >= 1, name, ": expected [batch + 1], got ", shape_of(cu));
   FX_CHECK(cu.scalar_type() == ScalarType::Int, name, ": expected int32, got ",
            torch::headeronly::toString(cu.scalar_type()));
@@ -160,35 +170,42 @@ const int32_t* read_cu_seqlens(const Tensor& cu, const char* name, const Tensor&
   FX_CHECK(cu.size(0) == 1 || cu.stride(0) == 1, name, ": expected a contiguous tensor");
   FX_CHECK(max_seqlen >= 0, max_name, ": expected 0 or more, got ", max_seqlen);
   const int32_t* starts = static_cast<const int32_t*>(cu.data_ptr());
-  if (!q.is_cpu()) return starts;  // on a GPU the values are trusted: reading them would wait for the device
+  if (!q.is_cpu())
+    return starts;  // on a GPU the values are trusted: reading them would wait for the device
   FX_CHECK(starts[0] == 0, name, ": expected to start with 0, got ", starts[0]);
   const int64_t batch = cu.size(0) - 1;
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t length = int64_t{starts[b + 1]} - starts[b];
-    FX_CHECK(length >= 0, name, ": expected values that do not decrease, got ", starts[b], " before ", starts[b + 1]);
-    FX_CHECK(length <= max_seqlen, max_name, ": expected at least ", length, ", the length of sequence ", b, ", got ",
-             max_seqlen);
+    FX_CHECK(length >= 0, name, ": expected values that do not decrease, got ", starts[b],
+             " before ", starts[b + 1]);
+    FX_CHECK(length <= max_seqlen, max_name, ": expected at least ", length,
+             ", the length of sequence ", b, ", got ", max_seqlen);
   }
-  FX_CHECK(starts[batch] == total, name, ": expected to end with ", total_name, " = ", total, ", got ", starts[batch]);
+  FX_CHECK(starts[batch] == total, name, ": expected to end with ", total_name, " = ", total,
+           ", got ", starts[batch]);
   return starts;
 }
 
 void read_packing(const Tensor& q, const Tensor& k, const Packing& packing, AttnParams& p) {
-  p.cu_seqlens_q = read_cu_seqlens(packing.cu_seqlens_q, "cu_seqlens_q", q, q.size(0), "total_q", packing.max_seqlen_q,
-                                   "max_seqlen_q");
-  p.cu_seqlens_k = read_cu_seqlens(packing.cu_seqlens_k, "cu_seqlens_k", q, k.size(0), "total_k", packing.max_seqlen_k,
-                                   "max_seqlen_k");
+  p.cu_seqlens_q = read_cu_seqlens(packing.cu_seqlens_q, "cu_seqlens_q", q, q.size(0), "total_q",
+                                   packing.max_seqlen_q, "max_seqlen_q");
+  p.cu_seqlens_k = read_cu_seqlens(packing.cu_seqlens_k, "cu_seqlens_k", q, k.size(0), "total_k",
+                                   packing.max_seqlen_k, "max_seqlen_k");
   FX_CHECK(packing.cu_seqlens_k.size(0) == packing.cu_seqlens_q.size(0), "cu_seqlens_k: expected ",
-           packing.cu_seqlens_q.size(0), " values as in cu_seqlens_q, got ", packing.cu_seqlens_k.size(0));
+           packing.cu_seqlens_q.size(0), " values as in cu_seqlens_q, got ",
+           packing.cu_seqlens_k.size(0));
   p.batch = packing.cu_seqlens_q.size(0) - 1;
   p.seq_q = packing.max_seqlen_q;
   p.seq_kv = packing.max_seqlen_k;
 }
 
 void read_options(const Tensor& q, const AttnOptions& o, AttnParams& p) {
-  FX_CHECK(std::isfinite(o.scale) && o.scale >= 0, "scale: expected a finite number of at least 0, got ", o.scale);
-  FX_CHECK(std::isfinite(o.softcap) && o.softcap >= 0, "softcap: expected a finite number of at least 0, got ", o.softcap);
-  FX_CHECK(o.dropout_p >= 0 && o.dropout_p < 1, "dropout_p: expected a number in [0, 1), got ", o.dropout_p);
+  FX_CHECK(std::isfinite(o.scale) && o.scale >= 0,
+           "scale: expected a finite number of at least 0, got ", o.scale);
+  FX_CHECK(std::isfinite(o.softcap) && o.softcap >= 0,
+           "softcap: expected a finite number of at least 0, got ", o.softcap);
+  FX_CHECK(o.dropout_p >= 0 && o.dropout_p < 1, "dropout_p: expected a number in [0, 1), got ",
+           o.dropout_p);
   FX_CHECK(o.window_left >= -1, "window: expected -1 or more to the left, got ", o.window_left);
   FX_CHECK(o.window_right >= -1, "window: expected -1 or more to the right, got ", o.window_right);
   p.scale = o.scale;
@@ -203,8 +220,8 @@ void read_options(const Tensor& q, const AttnOptions& o, AttnParams& p) {
     const int64_t full[4] = {p.batch, p.heads_q, p.seq_q, p.seq_kv};
     bool fits = m.dim() == 4;
     for (int64_t d = 0; fits && d < 4; ++d) fits = m.size(d) == full[d] || m.size(d) == 1;
-    FX_CHECK(fits, "attn_mask: expected a shape that broadcasts to [", full[0], ", ", full[1], ", ", full[2], ", ",
-             full[3], "], got ", shape_of(m));
+    FX_CHECK(fits, "attn_mask: expected a shape that broadcasts to [", full[0], ", ", full[1], ", ",
+             full[2], ", ", full[3], "], got ", shape_of(m));
     check_same_device(m, "attn_mask", q);
     const auto stride = [&](int64_t d) { return m.size(d) == 1 ? 0 : m.stride(d); };
     p.mask = {m.data_ptr(), dtype_of(m, "attn_mask"), stride(0), stride(1), stride(2), stride(3)};
@@ -212,8 +229,10 @@ void read_options(const Tensor& q, const AttnOptions& o, AttnParams& p) {
   }
   if (o.alibi_slopes) {
     const Tensor& a = *o.alibi_slopes;
-    FX_CHECK((a.dim() == 1 && a.size(0) == p.heads_q) || (a.dim() == 2 && a.size(0) == p.batch && a.size(1) == p.heads_q),
-             "alibi_slopes: expected [", p.heads_q, "] or [", p.batch, ", ", p.heads_q, "], got ", shape_of(a));
+    FX_CHECK((a.dim() == 1 && a.size(0) == p.heads_q) ||
+                 (a.dim() == 2 && a.size(0) == p.batch && a.size(1) == p.heads_q),
+             "alibi_slopes: expected [", p.heads_q, "] or [", p.batch, ", ", p.heads_q, "], got ",
+             shape_of(a));
     check_same_device(a, "alibi_slopes", q);
     check_dtype(a, "alibi_slopes", acc, "");
     FX_CHECK(a.numel() <= 1 || a.is_contiguous(), "alibi_slopes: expected a contiguous tensor");
@@ -222,17 +241,21 @@ void read_options(const Tensor& q, const AttnOptions& o, AttnParams& p) {
   }
   if (o.sinks) {
     const Tensor& s = *o.sinks;
-    FX_CHECK(s.dim() == 1 && s.size(0) == p.heads_q, "sinks: expected [", p.heads_q, "], got ", shape_of(s));
+    FX_CHECK(s.dim() == 1 && s.size(0) == p.heads_q, "sinks: expected [", p.heads_q, "], got ",
+             shape_of(s));
     check_same_device(s, "sinks", q);
     check_dtype(s, "sinks", acc, "");
     FX_CHECK(s.numel() <= 1 || s.is_contiguous(), "sinks: expected a contiguous tensor");
     p.sinks = s.data_ptr();
   }
-  FX_CHECK((o.dropout_p > 0) == o.rng_state.has_value(), "rng_state: expected exactly when dropout_p is above 0");
+  FX_CHECK((o.dropout_p > 0) == o.rng_state.has_value(),
+           "rng_state: expected exactly when dropout_p is above 0");
   if (o.rng_state) {
     const Tensor& r = *o.rng_state;
-    FX_CHECK(r.dim() == 1 && r.size(0) == 2 && r.scalar_type() == ScalarType::Long && r.is_contiguous(),
-             "rng_state: expected int64 [2], contiguous, got ", torch::headeronly::toString(r.scalar_type()), " ", shape_of(r));
+    FX_CHECK(
+        r.dim() == 1 && r.size(0) == 2 && r.scalar_type() == ScalarType::Long && r.is_contiguous(),
+        "rng_state: expected int64 [2], contiguous, got ",
+        torch::headeronly::toString(r.scalar_type()), " ", shape_of(r));
     check_same_device(r, "rng_state", q);
     p.dropout_threshold = uint32_t(std::min<double>(std::nearbyint(o.dropout_p * 65536), 65535));
     p.rng_state = static_cast<const int64_t*>(r.data_ptr());
@@ -240,8 +263,8 @@ void read_options(const Tensor& q, const AttnOptions& o, AttnParams& p) {
 }
 
 template <typename Params>
-void prepare(const Tensor& q, const Tensor& k, const Tensor& v, const Packing* packing, const AttnOptions& options,
-             Prepared<Params>& call) {
+void prepare(const Tensor& q, const Tensor& k, const Tensor& v, const Packing* packing,
+             const AttnOptions& options, Prepared<Params>& call) {
   Params& p = call.params;
   read_qkv(q, k, v, packing != nullptr, p);
   if (packing) read_packing(q, k, *packing, p);
@@ -284,8 +307,8 @@ void check_shape(const Tensor& t, const char* name, const std::vector<int64_t>& 
 
 }  // namespace
 
-FwdCall prepare_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Packing* packing, bool out_bshd,
-                    const AttnOptions& options) {
+FwdCall prepare_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Packing* packing,
+                    bool out_bshd, const AttnOptions& options) {
   FwdCall call;
   AttnParams& p = call.params;
   prepare(q, k, v, packing, options, call);
@@ -302,9 +325,9 @@ FwdCall prepare_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Pac
   return call;
 }
 
-BwdCall prepare_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k,
-                    const Tensor& v, const Tensor& out, const Tensor& lse, const Packing* packing,
-                    bool need_mask_grad, const AttnOptions& options) {
+BwdCall prepare_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q,
+                    const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                    const Packing* packing, bool need_mask_grad, const AttnOptions& options) {
   BwdCall call;
   AttnBwdParams& p = call.params;
   prepare(q, k, v, packing, options, call);

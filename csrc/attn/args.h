@@ -43,10 +43,10 @@ struct BwdCall : Prepared<AttnBwdParams> {
   Tensor finished_dmask(const OptionalTensor& attn_mask) const;
 };
 
-FwdCall prepare_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Packing* packing, bool out_bshd,
-                    const AttnOptions& options);
-BwdCall prepare_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k,
-                    const Tensor& v, const Tensor& out, const Tensor& lse, const Packing* packing,
-                    bool need_mask_grad, const AttnOptions& options);
+FwdCall prepare_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Packing* packing,
+                    bool out_bshd, const AttnOptions& options);
+BwdCall prepare_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q,
+                    const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                    const Packing* packing, bool need_mask_grad, const AttnOptions& options);
 
 }  // namespace flash_ext

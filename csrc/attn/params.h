@@ -23,7 +23,8 @@ struct MaskView {
 
 struct AttnParams {
   TensorView q, k, v, o;
-  void* lse = nullptr;  // acc dtype; [batch, heads_q, seq_q], packed: [heads_q, total_q]; natural log
+  void* lse =
+      nullptr;  // acc dtype; [batch, heads_q, seq_q], packed: [heads_q, total_q]; natural log
   int64_t lse_batch_stride = 0, lse_head_stride = 0;
 
   DType dtype = DType::f32;
@@ -34,15 +35,15 @@ struct AttnParams {
   const int32_t* cu_seqlens_k = nullptr;
 
   double scale = 1.0;
-  double softcap = 0.0;                          // 0: none
-  int64_t window_left = -1, window_right = -1;   // -1: unbounded; causal is window_right = 0
-  bool top_left = false;                         // else query seq_q - 1 is aligned with key seq_kv - 1
+  double softcap = 0.0;                         // 0: none
+  int64_t window_left = -1, window_right = -1;  // -1: unbounded; causal is window_right = 0
+  bool top_left = false;  // else query seq_q - 1 is aligned with key seq_kv - 1
   MaskView mask;
   const void* alibi_slopes = nullptr;  // acc dtype; [batch, heads_q]
   int64_t alibi_batch_stride = 0;      // 0 for [heads_q]
   const void* sinks = nullptr;         // acc dtype; [heads_q]
 
-  uint32_t dropout_threshold = 0;  // of 65536; 0: no dropout
+  uint32_t dropout_threshold = 0;      // of 65536; 0: no dropout
   const int64_t* rng_state = nullptr;  // [2], seed and offset of Philox, on the tensors' device
 };
 
@@ -50,8 +51,9 @@ struct AttnBwdParams : AttnParams {
   TensorView grad_o, dq, dk, dv;
   const void* grad_lse = nullptr;  // as lse, contiguous; null: zero
   void* dmask = nullptr;           // acc dtype, zeroed, the mask's own shape; null: not wanted
-  int64_t dmask_batch_stride = 0, dmask_head_stride = 0, dmask_q_stride = 0, dmask_kv_stride = 0;  // 0: summed
-  void* dsinks = nullptr;          // acc dtype; [heads_q]; null without sinks
+  int64_t dmask_batch_stride = 0, dmask_head_stride = 0, dmask_q_stride = 0,
+          dmask_kv_stride = 0;  // 0: summed
+  void* dsinks = nullptr;       // acc dtype; [heads_q]; null without sinks
 };
 
 }  // namespace flash_ext

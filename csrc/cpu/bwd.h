@@ -14,8 +14,10 @@ inline S delta_of(const AttnBwdParams& p, const Sequence& seq, Row row) {
   const T* grad = q_rows<const T>(p.grad_o, seq, row.head)[row.query];
   V sum = V::zero();
   int j = 0;
-  for (; j + V::kLanes <= head_dim_v; j += V::kLanes) sum = fma(V::load(o + j), V::load(grad + j), sum);
-  if (j < head_dim_v) sum = fma(V::load(o + j, head_dim_v - j), V::load(grad + j, head_dim_v - j), sum);
+  for (; j + V::kLanes <= head_dim_v; j += V::kLanes)
+    sum = fma(V::load(o + j), V::load(grad + j), sum);
+  if (j < head_dim_v)
+    sum = fma(V::load(o + j, head_dim_v - j), V::load(grad + j, head_dim_v - j), sum);
   const S dlse = p.grad_lse ? lse_of<S>(p, p.grad_lse, seq, row.head)[row.query] : S(0);
   return reduce_add(sum) - dlse;
 }
@@ -37,8 +39,9 @@ class BwdTile {
 
   BwdTile(const AttnBwdParams& params, const Extent& extent, Scratch& scratch)
       : params_(params), extent_(extent), mask_(params, extent.seq.seq_q, extent.seq.seq_kv),
-        scores_(params, extent.seq, kKeys, scratch), head_dim_(int(params.head_dim)), head_dim_v_(int(params.head_dim_v)),
-        q_ld_(round_up(words<Math>(head_dim_), kLanes<Math>)), do_ld_(round_up(words<Math>(head_dim_v_), kLanes<Math>)) {
+        scores_(params, extent.seq, kKeys, scratch), head_dim_(int(params.head_dim)),
+        head_dim_v_(int(params.head_dim_v)), q_ld_(round_up(words<Math>(head_dim_), kLanes<Math>)),
+        do_ld_(round_up(words<Math>(head_dim_v_), kLanes<Math>)) {
     p = scratch.take<S>(kRows * kStride);
     ds = scratch.take<S>(kRows * kStride);
     q_ = scratch.take<Word>(kRows * q_ld_);
@@ -53,9 +56,12 @@ class BwdTile {
   void load_keys(int64_t kv0, int keys) {
     kv0_ = kv0;
     keys_ = keys;
-    const auto k = kv_rows<const T>(params_.k, extent_.seq, extent_.head_kv), v = kv_rows<const T>(params_.v, extent_.seq, extent_.head_kv);
-    pack_panels_transposed<Math>([&](int64_t n) { return k[kv0 + n]; }, keys, head_dim_, k_transposed_);
-    pack_panels_transposed<Math>([&](int64_t n) { return v[kv0 + n]; }, keys, head_dim_v_, v_transposed_);
+    const auto k = kv_rows<const T>(params_.k, extent_.seq, extent_.head_kv),
+               v = kv_rows<const T>(params_.v, extent_.seq, extent_.head_kv);
+    pack_panels_transposed<Math>([&](int64_t n) { return k[kv0 + n]; }, keys, head_dim_,
+                                 k_transposed_);
+    pack_panels_transposed<Math>([&](int64_t n) { return v[kv0 + n]; }, keys, head_dim_v_,
+                                 v_transposed_);
   }
 
   // Fills p (as multiplied with v: after dropout) and ds; false where no row sees a key. ds is the
@@ -69,8 +75,10 @@ class BwdTile {
 
     for (int i = 0; i < block.count; ++i) {
       const Row row = row_at(params_, extent_, block.begin + i);
-      pack_row<Math>(q_rows<const T>(params_.q, extent_.seq, row.head)[row.query], head_dim_, q_ + i * q_ld_);
-      pack_row<Math>(q_rows<const T>(params_.grad_o, extent_.seq, row.head)[row.query], head_dim_v_, do_ + i * do_ld_);
+      pack_row<Math>(q_rows<const T>(params_.q, extent_.seq, row.head)[row.query], head_dim_,
+                     q_ + i * q_ld_);
+      pack_row<Math>(q_rows<const T>(params_.grad_o, extent_.seq, row.head)[row.query], head_dim_v_,
+                     do_ + i * do_ld_);
     }
     for (int j = seen_begin / kPanel<Math> * kPanel<Math>; j < seen_end; j += kPanel<Math>) {
       const int columns = std::min(seen_end - j, kPanel<Math>);
@@ -79,7 +87,8 @@ class BwdTile {
       multiply_panel<Math>(block.count, columns, words<Math>(head_dim_v_), do_, do_ld_,
                            v_transposed_ + j * words<Math>(head_dim_v_), ds + j, kStride, false);
     }
-    for (int i = 0; i < block.count; ++i) finish_row(row_at(params_, extent_, block.begin + i), i, of_mask);
+    for (int i = 0; i < block.count; ++i)
+      finish_row(row_at(params_, extent_, block.begin + i), i, of_mask);
     return true;
   }
 
@@ -92,7 +101,8 @@ class BwdTile {
     const int end = int(std::clamp<int64_t>(visible.end - kv0_, seen_begin, seen_end));
     const S lse = lse_of<S>(params_, params_.lse, extent_.seq, row.head)[row.query];
     const bool empty = begin >= end || lse == -std::numeric_limits<S>::infinity();
-    const int from = empty ? out_end : begin / kStep * kStep, to = empty ? out_end : int(round_up(end, kStep));
+    const int from = empty ? out_end : begin / kStep * kStep,
+              to = empty ? out_end : int(round_up(end, kStep));
     const auto zero_fill = [&](int j, int j_end) {
       for (; j < j_end; j += V::kLanes) V::zero().store(p_row + j), V::zero().store(ds_row + j);
     };
@@ -107,13 +117,14 @@ class BwdTile {
       scores_.apply(row, kv0_, begin, end, p_row, slope_);
       finish_lanes<true>(p_row, ds_row, begin, end, from, to, S(1), lse, delta, keep, slope);
     } else {
-      finish_lanes<false>(p_row, ds_row, begin, end, from, to, S(params_.scale), lse, delta, keep, slope);
+      finish_lanes<false>(p_row, ds_row, begin, end, from, to, S(params_.scale), lse, delta, keep,
+                          slope);
     }
   }
 
   template <bool kGeneral>
-  static void finish_lanes(S* p_row, S* ds_row, int begin, int end, int from, int to, S scale, S lse, S delta,
-                           const S* keep, const S* slope) {
+  static void finish_lanes(S* p_row, S* ds_row, int begin, int end, int from, int to, S scale,
+                           S lse, S delta, const S* keep, const S* slope) {
     const ExpOf<Math, kGeneral> exp_of(scale, lse);
     const V minus = V::all(delta);
     for (int j = from; j < to; j += V::kLanes) {
@@ -125,7 +136,8 @@ class BwdTile {
       }
       V ds = p * (dp - minus);
       if (slope) ds = ds * V::load(slope + j);
-      if (kGeneral) ds = select(equal(p, V::zero()), V::zero(), ds);  // whatever a masked value holds
+      if (kGeneral)
+        ds = select(equal(p, V::zero()), V::zero(), ds);  // whatever a masked value holds
       if (j < begin || j + V::kLanes > end) {
         const auto inside = V::both(V::first(end - j), V::first_not(begin - j));
         kept = select(inside, kept, V::zero());
@@ -150,7 +162,8 @@ class BwdTile {
 
 // rows of acc, times factor, into rows of to.
 template <typename T, typename S>
-inline void store_rows(const S* acc, int64_t acc_ld, int64_t rows, int columns, S factor, Rows<T> to) {
+inline void store_rows(const S* acc, int64_t acc_ld, int64_t rows, int columns, S factor,
+                       Rows<T> to) {
   using V = Vec<S>;
   for (int64_t i = 0; i < rows; ++i)
     for (int j = 0; j < columns; j += V::kLanes)
@@ -199,7 +212,8 @@ void bwd(const AttnBwdParams& p, const BwdTask& t, Scratch& scratch) {
             const int at = j + u * V::kLanes;
             low[u] = V::load(ds0 + at);
             high[u] = both ? V::load(ds0 + kStride + at) : V::zero();
-            const V pair[2] = {low[u], high[u]}, p_pair[2] = {V::load(p0 + at), both ? V::load(p0 + kStride + at) : V::zero()};
+            const V pair[2] = {low[u], high[u]},
+                    p_pair[2] = {V::load(p0 + at), both ? V::load(p0 + kStride + at) : V::zero()};
             Math::store_interleaved(ds_by_key + i / 2 * kStride + at, pair);
             Math::store_interleaved(p_by_key + i / 2 * kStride + at, p_pair);
           }
@@ -232,22 +246,24 @@ void bwd(const AttnBwdParams& p, const BwdTask& t, Scratch& scratch) {
         const int seen = tile.seen_end - tile.seen_begin;
         const int64_t depth = words<Math>(block.count);
         pack_panels<Math>(row_of(p.grad_o), block.count, head_dim_v, do_pack);
-        multiply<Math, true>(seen, head_dim_v, depth, p_by_key + tile.seen_begin, kStride, do_pack, depth,
-                             dv + tile.seen_begin * ld_v, ld_v, true);  // dv += pᵀ do
+        multiply<Math, true>(seen, head_dim_v, depth, p_by_key + tile.seen_begin, kStride, do_pack,
+                             depth, dv + tile.seen_begin * ld_v, ld_v, true);  // dv += pᵀ do
         pack_panels<Math>(row_of(p.q), block.count, head_dim, q_pack);
-        multiply<Math, true>(seen, head_dim, depth, ds_by_key + tile.seen_begin, kStride, q_pack, depth,
-                             dk + tile.seen_begin * ld, ld, true);  // dk += dsᵀ q
+        multiply<Math, true>(seen, head_dim, depth, ds_by_key + tile.seen_begin, kStride, q_pack,
+                             depth, dk + tile.seen_begin * ld, ld, true);  // dk += dsᵀ q
       }
       if (t.want_dq) {
         const int64_t k0 = tile.out_begin / Math::kWordElements;
         const int64_t depth = words<Math>(std::min(tile.out_end, keys)) - k0;
         multiply<Math>(block.count, head_dim, depth, ds_by_row + k0, kStride / Math::kWordElements,
-                       k_pack + k0 * kPanel<Math>, words<Math>(keys), dq + (block.begin - t.row_begin) * ld, ld,
+                       k_pack + k0 * kPanel<Math>, words<Math>(keys),
+                       dq + (block.begin - t.row_begin) * ld, ld,
                        true);  // dq += ds k
       }
     });
     if (t.want_dkv) {
-      const Rows<T> dk_rows = kv_rows<T>(p.dk, t.seq, t.head_kv), dv_rows = kv_rows<T>(p.dv, t.seq, t.head_kv);
+      const Rows<T> dk_rows = kv_rows<T>(p.dk, t.seq, t.head_kv),
+                    dv_rows = kv_rows<T>(p.dv, t.seq, t.head_kv);
       store_rows<T>(dk, ld, keys, head_dim, S(p.scale), Rows<T>{dk_rows[kv0], dk_rows.stride});
       store_rows<T>(dv, ld_v, keys, head_dim_v, S(1), Rows<T>{dv_rows[kv0], dv_rows.stride});
     }
@@ -255,13 +271,15 @@ void bwd(const AttnBwdParams& p, const BwdTask& t, Scratch& scratch) {
   if (t.want_dq)
     for (int64_t r = 0; r < rows; ++r) {
       const Row row = row_at(p, t, t.row_begin + r);
-      store_rows<T>(dq + r * ld, ld, 1, head_dim, S(p.scale), Rows<T>{q_rows<T>(p.dq, t.seq, row.head)[row.query], 0});
+      store_rows<T>(dq + r * ld, ld, 1, head_dim, S(p.scale),
+                    Rows<T>{q_rows<T>(p.dq, t.seq, row.head)[row.query], 0});
     }
 }
 
 // The mask's gradient: ds summed over everything that read the same element.
 template <typename T, typename Math>
-void bwd_mask(const AttnBwdParams& p, const Sequence* sequences, const MaskGradTask& t, Scratch& scratch) {
+void bwd_mask(const AttnBwdParams& p, const Sequence* sequences, const MaskGradTask& t,
+              Scratch& scratch) {
   using Tile = BwdTile<T, Math>;
   using S = typename Math::Acc;
   const int64_t group = p.heads_q / p.heads_kv;
@@ -269,8 +287,12 @@ void bwd_mask(const AttnBwdParams& p, const Sequence* sequences, const MaskGradT
     const Sequence& seq = sequences[b];
     for (int64_t head = t.head_begin; head < t.head_end; ++head) {
       const int64_t row0 = head % group * seq.seq_q;
-      const Extent extent{seq, head / group, row0 + std::min(t.q_begin, seq.seq_q), row0 + std::min(t.q_end, seq.seq_q),
-                          std::min(t.kv_begin, seq.seq_kv), std::min(t.kv_end, seq.seq_kv)};
+      const Extent extent{seq,
+                          head / group,
+                          row0 + std::min(t.q_begin, seq.seq_q),
+                          row0 + std::min(t.q_end, seq.seq_q),
+                          std::min(t.kv_begin, seq.seq_kv),
+                          std::min(t.kv_end, seq.seq_kv)};
       if (extent.row_begin >= extent.row_end) continue;
       Tile tile(p, extent, scratch);
       for (int64_t kv0 = extent.kv_begin; kv0 < extent.kv_end; kv0 += Tile::kKeys) {
@@ -278,10 +300,12 @@ void bwd_mask(const AttnBwdParams& p, const Sequence* sequences, const MaskGradT
         for_each_block<Tile::kRows>(extent, tile.mask(), [&](const RowBlock& block) {
           if (!tile.compute(block, true)) return;
           for (int i = 0; i < block.count; ++i) {
-            S* to = static_cast<S*>(p.dmask) + b * p.dmask_batch_stride + head * p.dmask_head_stride +
-                    (block.begin + i - row0) * p.dmask_q_stride + kv0 * p.dmask_kv_stride;
+            S* to = static_cast<S*>(p.dmask) + b * p.dmask_batch_stride +
+                    head * p.dmask_head_stride + (block.begin + i - row0) * p.dmask_q_stride +
+                    kv0 * p.dmask_kv_stride;
             const S* ds = tile.ds + i * Tile::kStride;
-            for (int j = tile.seen_begin; j < tile.seen_end; ++j) to[j * p.dmask_kv_stride] += ds[j];
+            for (int j = tile.seen_begin; j < tile.seen_end; ++j)
+              to[j * p.dmask_kv_stride] += ds[j];
           }
         });
       }

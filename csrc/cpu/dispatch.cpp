@@ -18,7 +18,8 @@ struct Isa {
 
 #if defined(__x86_64__)
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
 }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -47,7 +48,8 @@ const Isa& find(const std::string& name) {
     if (name == isa.name) return isa;
     usable += (usable.empty() ? "" : ", ") + std::string(isa.name);
   }
-  throw std::invalid_argument("CPU instruction set: expected one of " + usable + ", got '" + name + "'");
+  throw std::invalid_argument("CPU instruction set: expected one of " + usable + ", got '" + name +
+                              "'");
 }
 
 const Isa& best() {

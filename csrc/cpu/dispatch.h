@@ -8,9 +8,9 @@
 
 namespace flash_ext::cpu {
 
-std::vector<std::string> usable_isas();       // best first
+std::vector<std::string> usable_isas();  // best first
 std::string current_isa();
-void set_isa(const std::string& name);        // throws std::invalid_argument
+void set_isa(const std::string& name);  // throws std::invalid_argument
 const Kernels& kernels_for(DType dtype);
 
 }  // namespace flash_ext::cpu

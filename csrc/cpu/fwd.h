@@ -9,7 +9,8 @@
 
 namespace flash_ext::cpu::FX_ISA {
 
-inline constexpr int kBlockRows = 24;  // a multiple of kMaxRows, as little as possible beyond a diagonal
+inline constexpr int kBlockRows =
+    24;  // a multiple of kMaxRows, as little as possible beyond a diagonal
 template <typename Math>
 inline constexpr int kBlockKeys = 512;  // a packed block of K and of V fits the second cache
 
@@ -47,7 +48,8 @@ inline void finish_row(const AttnParams& p, const FwdTask& t, const FwdParts& pa
   const V inverse = V::all(factor / state.sum);
   for (int j = 0; j < head_dim_v; j += V::kLanes)
     (empty ? V::zero() : V::load(acc + j) * inverse).store(out + j, head_dim_v - j);
-  lse_of<S>(p, p.lse, t.seq, row.head)[row.query] = state.sum == 0 ? -kInf : state.top + std::log(state.sum);
+  lse_of<S>(p, p.lse, t.seq, row.head)[row.query] =
+      state.sum == 0 ? -kInf : state.top + std::log(state.sum);
 }
 
 template <typename T, typename Math>
@@ -57,7 +59,8 @@ void fwd(const AttnParams& p, const FwdTask& t, const FwdParts& parts, Scratch& 
   using V = Vec<S>;
   constexpr int kKeys = kBlockKeys<Math>;
   const int head_dim = int(p.head_dim), head_dim_v = int(p.head_dim_v);
-  const int64_t q_ld = round_up(words<Math>(head_dim), kLanes<Math>), acc_ld = round_up(head_dim_v, kLanes<Math>);
+  const int64_t q_ld = round_up(words<Math>(head_dim), kLanes<Math>),
+                acc_ld = round_up(head_dim_v, kLanes<Math>);
   constexpr int kScoreStride = kKeys + kLanes<Math>;  // no power of two apart
   const BandMask mask(p, t.seq.seq_q, t.seq.seq_kv);
   const int64_t rows = t.row_end - t.row_begin;
@@ -66,7 +69,8 @@ void fwd(const AttnParams& p, const FwdTask& t, const FwdParts& parts, Scratch& 
   Word* k_pack = scratch.take<Word>(round_up(kKeys, kPanel<Math>) * words<Math>(head_dim));
   Word* v_pack = scratch.take<Word>(round_up(head_dim_v, kPanel<Math>) * words<Math>(kKeys));
   S* s = scratch.take<S>(kBlockRows * kScoreStride);
-  Word* probs = std::is_same_v<Word, S> ? reinterpret_cast<Word*>(s) : scratch.take<Word>(kBlockRows * kScoreStride / 2);
+  Word* probs = std::is_same_v<Word, S> ? reinterpret_cast<Word*>(s)
+                                        : scratch.take<Word>(kBlockRows * kScoreStride / 2);
   constexpr int kProbStride = kScoreStride / Math::kWordElements;
   S* acc = scratch.take<S>(rows * acc_ld);
   auto* state = scratch.take<SoftmaxState<S>>(rows);
@@ -74,7 +78,8 @@ void fwd(const AttnParams& p, const FwdTask& t, const FwdParts& parts, Scratch& 
   std::fill_n(acc, rows * acc_ld, S(0));
   Scores<S> scores(p, t.seq, kKeys, scratch);
 
-  const Rows<const T> k = kv_rows<const T>(p.k, t.seq, t.head_kv), v = kv_rows<const T>(p.v, t.seq, t.head_kv);
+  const Rows<const T> k = kv_rows<const T>(p.k, t.seq, t.head_kv),
+                      v = kv_rows<const T>(p.v, t.seq, t.head_kv);
   const auto finish = [&](const RowBlock& block) {
     for (int64_t r = block.begin; r < block.begin + block.count; ++r)
       finish_row<T>(p, t, parts, r, state[r - t.row_begin], acc + (r - t.row_begin) * acc_ld);
@@ -102,16 +107,19 @@ void fwd(const AttnParams& p, const FwdTask& t, const FwdParts& parts, Scratch& 
 
       for (int i = 0; i < block.count; ++i) {
         const Row row = row_at(p, t, block.begin + i);
-        pack_row<Math>(q_rows<const T>(p.q, t.seq, row.head)[row.query], head_dim, q_pack + i * q_ld);
+        pack_row<Math>(q_rows<const T>(p.q, t.seq, row.head)[row.query], head_dim,
+                       q_pack + i * q_ld);
         if (block.begin + block.count + i < t.row_end) {
           const Row next = row_at(p, t, block.begin + block.count + i);
           prefetch(q_rows<const T>(p.q, t.seq, next.head)[next.query], head_dim);
         }
-        if (last && t.part < 0) prefetch_for_write(q_rows<const T>(p.o, t.seq, row.head)[row.query], head_dim_v);
+        if (last && t.part < 0)
+          prefetch_for_write(q_rows<const T>(p.o, t.seq, row.head)[row.query], head_dim_v);
       }
       // s = q kᵀ
       for (int j = seen_begin / kPanel<Math> * kPanel<Math>; j < seen_end; j += kPanel<Math>)
-        multiply_panel<Math>(block.count, std::min(seen_end - j, kPanel<Math>), words<Math>(head_dim), q_pack, q_ld,
+        multiply_panel<Math>(block.count, std::min(seen_end - j, kPanel<Math>),
+                             words<Math>(head_dim), q_pack, q_ld,
                              k_pack + j * words<Math>(head_dim), s + j, kScoreStride, false);
 
       const int64_t first = block.begin - t.row_begin;
@@ -126,20 +134,24 @@ void fwd(const AttnParams& p, const FwdTask& t, const FwdParts& parts, Scratch& 
         S rescale;
         if (scores.general()) {
           scores.apply(row, kv0, begin, end, s_row);
-          rescale = softmax_step<Math, true>(state[first + i], s_row, begin, end, S(1), keep, probs_row, out_begin, out_end);
+          rescale = softmax_step<Math, true>(state[first + i], s_row, begin, end, S(1), keep,
+                                             probs_row, out_begin, out_end);
         } else {
-          rescale = softmax_step<Math, false>(state[first + i], s_row, begin, end, S(p.scale), keep, probs_row, out_begin, out_end);
+          rescale = softmax_step<Math, false>(state[first + i], s_row, begin, end, S(p.scale), keep,
+                                              probs_row, out_begin, out_end);
         }
         if (rescale != 1) {
           S* a = acc + (first + i) * acc_ld;
-          for (int64_t j = 0; j < acc_ld; j += V::kLanes) (V::load(a + j) * V::all(rescale)).store(a + j);
+          for (int64_t j = 0; j < acc_ld; j += V::kLanes)
+            (V::load(a + j) * V::all(rescale)).store(a + j);
         }
       }
       // acc += probs v
       const int64_t k0 = out_begin / Math::kWordElements;
       const int64_t depth = words<Math>(std::min(out_end, keys)) - k0;
-      multiply<Math>(block.count, head_dim_v, depth, probs + k0, kProbStride, v_pack + k0 * kPanel<Math>,
-                     words<Math>(keys), acc + first * acc_ld, acc_ld, true);
+      multiply<Math>(block.count, head_dim_v, depth, probs + k0, kProbStride,
+                     v_pack + k0 * kPanel<Math>, words<Math>(keys), acc + first * acc_ld, acc_ld,
+                     true);
       if (last) finish(block);
     });
   }
@@ -147,7 +159,8 @@ void fwd(const AttnParams& p, const FwdTask& t, const FwdParts& parts, Scratch& 
 
 // Adds up the parts of rows whose keys were split over several tasks.
 template <typename T, typename Math>
-void fwd_combine(const AttnParams& p, const FwdTask& t, int64_t part_count, const FwdParts& parts, Scratch& scratch) {
+void fwd_combine(const AttnParams& p, const FwdTask& t, int64_t part_count, const FwdParts& parts,
+                 Scratch& scratch) {
   using S = typename Math::Acc;
   using V = Vec<S>;
   const int64_t acc_ld = round_up(p.head_dim_v, kLanes<Math>);
@@ -162,10 +175,12 @@ void fwd_combine(const AttnParams& p, const FwdTask& t, int64_t part_count, cons
       if (stats[1] == 0) continue;
       const S top = std::max(state.top, stats[0]);
       const bool known = top != -std::numeric_limits<S>::infinity();  // else all NaN
-      const S old_scale = known ? std::exp(state.top - top) : S(1), new_scale = known ? std::exp(stats[0] - top) : S(1);
+      const S old_scale = known ? std::exp(state.top - top) : S(1),
+              new_scale = known ? std::exp(stats[0] - top) : S(1);
       for (int64_t j = 0; j < p.head_dim_v; j += V::kLanes) {
         const int n = int(std::min<int64_t>(p.head_dim_v - j, V::kLanes));
-        fma(V::load(out + j, n), V::all(new_scale), V::load(acc + j) * V::all(old_scale)).store(acc + j);
+        fma(V::load(out + j, n), V::all(new_scale), V::load(acc + j) * V::all(old_scale))
+            .store(acc + j);
       }
       state.sum = state.sum * old_scale + stats[1] * new_scale;
       state.top = top;

@@ -9,12 +9,13 @@ inline constexpr int kFewRows = 8;
 
 // s[r * stride + n] = q[r] · k[n] for kRows rows of words and n in [0, keys).
 template <typename T, typename Math, int kRows>
-inline void few_scores(const typename Math::Word* q, int64_t q_ld, Rows<const T> k, int keys, int head_dim,
-                       typename Math::Acc* s, int64_t stride) {
+inline void few_scores(const typename Math::Word* q, int64_t q_ld, Rows<const T> k, int keys,
+                       int head_dim, typename Math::Acc* s, int64_t stride) {
   using S = typename Math::Acc;
   using V = Vec<S>;
   constexpr int kStep = V::kLanes * Math::kWordElements;
-  constexpr int kKeysAtOnce = std::max(V::kLanes / kRows, 1), kSums = kRows * kKeysAtOnce;  // a vector of results
+  constexpr int kKeysAtOnce = std::max(V::kLanes / kRows, 1),
+                kSums = kRows * kKeysAtOnce;  // a vector of results
   for (int n0 = 0; n0 < keys; n0 += kKeysAtOnce) {
     const int n = std::max(std::min(n0, keys - kKeysAtOnce), 0);  // the last step repeats some keys
     for (int u = 0; u < kKeysAtOnce; ++u) prefetch_ahead(k[n + u], head_dim);
@@ -24,12 +25,15 @@ inline void few_scores(const typename Math::Word* q, int64_t q_ld, Rows<const T>
     for (int d = 0; d < head_dim; d += kStep) {
       typename Math::Words q_words[kRows];
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) q_words[r] = Math::load(q + r * q_ld + d / Math::kWordElements);
+      for (int r = 0; r < kRows; ++r)
+        q_words[r] = Math::load(q + r * q_ld + d / Math::kWordElements);
 #pragma GCC unroll 16
       for (int u = 0; u < kKeysAtOnce; ++u) {
-        const auto k_words = Math::as_words(load_words<Math>(k[std::min(n + u, keys - 1)] + d, head_dim - d));
+        const auto k_words =
+            Math::as_words(load_words<Math>(k[std::min(n + u, keys - 1)] + d, head_dim - d));
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) sum[r * kKeysAtOnce + u] = Math::mac(sum[r * kKeysAtOnce + u], k_words, q_words[r]);
+        for (int r = 0; r < kRows; ++r)
+          sum[r * kKeysAtOnce + u] = Math::mac(sum[r * kKeysAtOnce + u], k_words, q_words[r]);
       }
     }
     alignas(64) S results[kSums];
@@ -37,14 +41,15 @@ inline void few_scores(const typename Math::Word* q, int64_t q_ld, Rows<const T>
     for (int i = 0; i < kSums; i += V::kLanes)
       reduce_add_each(reinterpret_cast<const V(&)[V::kLanes]>(sum[i])).store(results + i);
     const int count = std::min(kKeysAtOnce, keys - n);
-    for (int r = 0; r < kRows; ++r) std::copy_n(results + r * kKeysAtOnce, count, s + r * stride + n);
+    for (int r = 0; r < kRows; ++r)
+      std::copy_n(results + r * kKeysAtOnce, count, s + r * stride + n);
   }
 }
 
 // acc[r * acc_ld + j] += sum over n of probs[r * stride + n] · v[n][j].
 template <typename T, typename S, int kRows>
-inline void few_products(const S* probs, int64_t stride, Rows<const T> v, int begin, int end, int head_dim_v, S* acc,
-                         int64_t acc_ld) {
+inline void few_products(const S* probs, int64_t stride, Rows<const T> v, int begin, int end,
+                         int head_dim_v, S* acc, int64_t acc_ld) {
   using V = Vec<S>;
   constexpr int kVectors = kRows >= 8 ? 2 : kRows >= 4 ? 4 : 8;
   const auto columns = [&]<int kCount>(int j) {
@@ -59,7 +64,8 @@ inline void few_products(const S* probs, int64_t stride, Rows<const T> v, int be
       if (j == 0) prefetch_ahead(v[n], head_dim_v);
 #pragma GCC unroll 8
       for (int c = 0; c < kCount; ++c)  // only a single vector may stand over the end
-        x[c] = kCount > 1 || head_dim_v - j >= V::kLanes ? V::load(row + c * V::kLanes) : V::load(row, head_dim_v - j);
+        x[c] = kCount > 1 || head_dim_v - j >= V::kLanes ? V::load(row + c * V::kLanes)
+                                                         : V::load(row, head_dim_v - j);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const V p = V::all(probs[r * stride + n]);
@@ -73,7 +79,8 @@ inline void few_products(const S* probs, int64_t stride, Rows<const T> v, int be
       for (int c = 0; c < kCount; ++c) sum[r][c].store(acc + r * acc_ld + j + c * V::kLanes);
   };
   int j = 0;
-  for (; j + kVectors * V::kLanes <= head_dim_v; j += kVectors * V::kLanes) columns.template operator()<kVectors>(j);
+  for (; j + kVectors * V::kLanes <= head_dim_v; j += kVectors * V::kLanes)
+    columns.template operator()<kVectors>(j);
   for (; j < head_dim_v; j += V::kLanes) columns.template operator()<1>(j);
 }
 
@@ -82,10 +89,13 @@ void fwd_rows(const AttnParams& p, const FwdTask& t, const FwdParts& parts, Scra
   using S = typename Math::Acc;
   using Word = typename Math::Word;
   using V = Vec<S>;
-  using SoftmaxMath = std::conditional_t<Math::kCoarseExp, WidenedMath, PlainMath<S>>;  // probs stay wide
+  using SoftmaxMath =
+      std::conditional_t<Math::kCoarseExp, WidenedMath, PlainMath<S>>;  // probs stay wide
   constexpr int kKeys = 512, kStride = kKeys + V::kLanes;
-  const int head_dim = int(p.head_dim), head_dim_v = int(p.head_dim_v), rows = int(t.row_end - t.row_begin);
-  const int64_t q_ld = round_up(words<Math>(head_dim), V::kLanes), acc_ld = round_up(head_dim_v, V::kLanes);
+  const int head_dim = int(p.head_dim), head_dim_v = int(p.head_dim_v),
+            rows = int(t.row_end - t.row_begin);
+  const int64_t q_ld = round_up(words<Math>(head_dim), V::kLanes),
+                acc_ld = round_up(head_dim_v, V::kLanes);
   const BandMask mask(p, t.seq.seq_q, t.seq.seq_kv);
 
   Word* q = scratch.take<Word>(kRows * q_ld);
@@ -108,7 +118,8 @@ void fwd_rows(const AttnParams& p, const FwdTask& t, const FwdParts& parts, Scra
     all.end = std::max(all.end, std::min(visible.end, t.kv_end));
   }
 
-  const Rows<const T> k = kv_rows<const T>(p.k, t.seq, t.head_kv), v = kv_rows<const T>(p.v, t.seq, t.head_kv);
+  const Rows<const T> k = kv_rows<const T>(p.k, t.seq, t.head_kv),
+                      v = kv_rows<const T>(p.v, t.seq, t.head_kv);
   for (int64_t kv0 = all.begin; kv0 < all.end; kv0 += kKeys) {
     const int keys = int(std::min<int64_t>(kKeys, all.end - kv0));
     few_scores<T, Math, kRows>(q, q_ld, {k[kv0], k.stride}, keys, head_dim, s, kStride);
@@ -121,9 +132,11 @@ void fwd_rows(const AttnParams& p, const FwdTask& t, const FwdParts& parts, Scra
       S rescale;
       if (scores.general()) {
         scores.apply(row[i], kv0, begin, end, s_row);
-        rescale = softmax_step<SoftmaxMath, true>(state[i], s_row, begin, end, S(1), keep, s_row, 0, int(round_up(keys, V::kLanes)));
+        rescale = softmax_step<SoftmaxMath, true>(state[i], s_row, begin, end, S(1), keep, s_row, 0,
+                                                  int(round_up(keys, V::kLanes)));
       } else {
-        rescale = softmax_step<SoftmaxMath, false>(state[i], s_row, begin, end, S(p.scale), keep, s_row, 0, int(round_up(keys, V::kLanes)));
+        rescale = softmax_step<SoftmaxMath, false>(state[i], s_row, begin, end, S(p.scale), keep,
+                                                   s_row, 0, int(round_up(keys, V::kLanes)));
       }
       if (rescale != 1)
         for (int64_t j = 0; j < acc_ld; j += V::kLanes)
@@ -131,7 +144,8 @@ void fwd_rows(const AttnParams& p, const FwdTask& t, const FwdParts& parts, Scra
     }
     few_products<T, S, kRows>(s, kStride, {v[kv0], v.stride}, 0, keys, head_dim_v, acc, acc_ld);
   }
-  for (int i = 0; i < rows; ++i) finish_row<T>(p, t, parts, t.row_begin + i, state[i], acc + i * acc_ld);
+  for (int i = 0; i < rows; ++i)
+    finish_row<T>(p, t, parts, t.row_begin + i, state[i], acc + i * acc_ld);
 }
 
 template <typename T, typename Math>

@@ -32,21 +32,24 @@ struct WidenedMath : PlainMath<float> {
 template <typename Math>
 inline constexpr int kLanes = Vec<typename Math::Acc>::kLanes;
 template <typename Math>
-inline constexpr int kPanel = kMaxVectors* kLanes<Math>;
+inline constexpr int kPanel = kMaxVectors * kLanes<Math>;
 
 template <typename Math, int kRows, int kVectors, bool kTransposedA>
-inline void multiply_tile(int64_t depth, const typename Math::Word* a, int64_t lda, const typename Math::Word* b,
-                          typename Math::Acc* c, int64_t ldc, bool accumulate) {
+inline void multiply_tile(int64_t depth, const typename Math::Word* a, int64_t lda,
+                          const typename Math::Word* b, typename Math::Acc* c, int64_t ldc,
+                          bool accumulate) {
   using V = Vec<typename Math::Acc>;
   V acc[kRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) acc[i][j] = accumulate ? V::load(c + i * ldc + j * V::kLanes) : V::zero();
+    for (int j = 0; j < kVectors; ++j)
+      acc[i][j] = accumulate ? V::load(c + i * ldc + j * V::kLanes) : V::zero();
   for (int64_t k = 0; k < depth; ++k) {
     typename Math::Words columns[kVectors];
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) columns[j] = Math::load(b + k * kPanel<Math> + j * V::kLanes);
+    for (int j = 0; j < kVectors; ++j)
+      columns[j] = Math::load(b + k * kPanel<Math> + j * V::kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const auto row = Math::broadcast(kTransposedA ? a[k * lda + i] : a[i * lda + k]);
@@ -62,12 +65,13 @@ inline void multiply_tile(int64_t depth, const typename Math::Word* a, int64_t l
 
 template <typename Math, int kVectors, bool kTransposedA>
 inline void multiply_columns(int rows, int64_t depth, const typename Math::Word* a, int64_t lda,
-                             const typename Math::Word* b, typename Math::Acc* c, int64_t ldc, bool accumulate) {
+                             const typename Math::Word* b, typename Math::Acc* c, int64_t ldc,
+                             bool accumulate) {
   int i = 0;
   const auto tile = [&]<int kRows>() {
     for (; i + kRows <= rows; i += kRows)
-      multiply_tile<Math, kRows, kVectors, kTransposedA>(depth, a + i * (kTransposedA ? 1 : lda), lda, b,
-                                                         c + i * ldc, ldc, accumulate);
+      multiply_tile<Math, kRows, kVectors, kTransposedA>(depth, a + i * (kTransposedA ? 1 : lda),
+                                                         lda, b, c + i * ldc, ldc, accumulate);
   };
   tile.template operator()<kMaxRows>();
   if constexpr (kMaxRows > 4) tile.template operator()<4>();
@@ -79,8 +83,9 @@ inline void multiply_columns(int rows, int64_t depth, const typename Math::Word*
 // have room for columns rounded up to kLanes. lda counts words from row to row of a, or, when
 // transposed, from one step of the depth to the next.
 template <typename Math, bool kTransposedA = false>
-inline void multiply_panel(int rows, int columns, int64_t depth, const typename Math::Word* a, int64_t lda,
-                           const typename Math::Word* b, typename Math::Acc* c, int64_t ldc, bool accumulate) {
+inline void multiply_panel(int rows, int columns, int64_t depth, const typename Math::Word* a,
+                           int64_t lda, const typename Math::Word* b, typename Math::Acc* c,
+                           int64_t ldc, bool accumulate) {
   int left = (columns + kLanes<Math> - 1) / kLanes<Math>;
   const auto part = [&]<int kVectors>() {
     for (; left >= kVectors; left -= kVectors) {
@@ -96,9 +101,9 @@ inline void multiply_panel(int rows, int columns, int64_t depth, const typename 
 
 // The whole product, panel by panel; b's panels are [columns / kPanel][panel_depth][kPanel].
 template <typename Math, bool kTransposedA = false>
-inline void multiply(int rows, int columns, int64_t depth, const typename Math::Word* a, int64_t lda,
-                     const typename Math::Word* b, int64_t panel_depth, typename Math::Acc* c, int64_t ldc,
-                     bool accumulate) {
+inline void multiply(int rows, int columns, int64_t depth, const typename Math::Word* a,
+                     int64_t lda, const typename Math::Word* b, int64_t panel_depth,
+                     typename Math::Acc* c, int64_t ldc, bool accumulate) {
   for (int j = 0; j < columns; j += kPanel<Math>)
     multiply_panel<Math, kTransposedA>(rows, std::min(columns - j, kPanel<Math>), depth, a, lda,
                                        b + j * panel_depth, c + j, ldc, accumulate);

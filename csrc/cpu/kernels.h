@@ -24,7 +24,8 @@ struct Extent {
 };
 
 struct FwdTask : Extent {
-  int64_t part;  // -1: all visible keys are in kv_begin to kv_end; else where the partial result goes
+  int64_t
+      part;  // -1: all visible keys are in kv_begin to kv_end; else where the partial result goes
 };
 
 // What tasks with part >= 0 leave, in the acc dtype: [parts, rows, head_dim_v] and [parts, rows, 2],

@@ -13,15 +13,16 @@
 namespace flash_ext::cpu {
 namespace {
 
-constexpr int64_t kFewRows = 8;          // up to here K and V are not packed
-constexpr int64_t kTaskRows = 1024;       // so many rows share one packing of K and V
+constexpr int64_t kFewRows = 8;      // up to here K and V are not packed
+constexpr int64_t kTaskRows = 1024;  // so many rows share one packing of K and V
 constexpr int64_t kMinTaskRows = 96;
-constexpr int64_t kRowStep = 24;         // rows of a block of fwd.h
-constexpr int64_t kMinPartKeys = 512;    // a task gets no fewer keys when keys are split
-constexpr int64_t kBwdTaskKeys = 192;    // block sizes of bwd.h
+constexpr int64_t kRowStep = 24;       // rows of a block of fwd.h
+constexpr int64_t kMinPartKeys = 512;  // a task gets no fewer keys when keys are split
+constexpr int64_t kBwdTaskKeys = 192;  // block sizes of bwd.h
 constexpr int64_t kBwdTaskRows = 96;
 constexpr size_t kKeptScratch = 8 << 20;  // bytes a thread keeps between calls
-constexpr double kSerialWork = 2e5;      // multiplications below which threads cost more than they bring
+constexpr double kSerialWork =
+    2e5;  // multiplications below which threads cost more than they bring
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -54,8 +55,7 @@ std::vector<Sequence> sequences_of(const AttnParams& p) {
     if (p.cu_seqlens_q)
       all[b] = {b, p.cu_seqlens_q[b], p.cu_seqlens_k[b], p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b],
                 p.cu_seqlens_k[b + 1] - p.cu_seqlens_k[b]};
-    else
-      all[b] = {b, 0, 0, p.seq_q, p.seq_kv};
+    else all[b] = {b, 0, 0, p.seq_q, p.seq_kv};
   }
   return all;
 }
@@ -99,12 +99,18 @@ void attn_fwd(const AttnParams& p) {
   // Rows a task: many, for the packing; few enough to occupy the threads several times over.
   const bool few_rows = group * p.seq_q <= kFewRows;
   int64_t task_rows = few_rows ? kFewRows : std::min(kTaskRows, group * p.seq_q);
-  if (!few_rows) task_rows = ceil_div(ceil_div(group * p.seq_q, ceil_div(group * p.seq_q, kTaskRows)), kRowStep) * kRowStep;
-  while (!few_rows && task_rows > kMinTaskRows && units * ceil_div(group * p.seq_q, task_rows) < 4 * threads)
-    task_rows = std::max(kMinTaskRows, ceil_div(task_rows / 2, kMinTaskRows / 2) * (kMinTaskRows / 2));
+  if (!few_rows)
+    task_rows =
+        ceil_div(ceil_div(group * p.seq_q, ceil_div(group * p.seq_q, kTaskRows)), kRowStep) *
+        kRowStep;
+  while (!few_rows && task_rows > kMinTaskRows &&
+         units * ceil_div(group * p.seq_q, task_rows) < 4 * threads)
+    task_rows =
+        std::max(kMinTaskRows, ceil_div(task_rows / 2, kMinTaskRows / 2) * (kMinTaskRows / 2));
   // If that does not, the keys are split too.
   const int64_t row_tasks = units * ceil_div(group * p.seq_q, task_rows);
-  const int64_t wanted_parts = threads > 1 && row_tasks < 2 * threads ? ceil_div(4 * threads, row_tasks) : 1;
+  const int64_t wanted_parts =
+      threads > 1 && row_tasks < 2 * threads ? ceil_div(4 * threads, row_tasks) : 1;
 
   std::vector<FwdTask> tasks, combines;
   std::vector<int64_t> part_counts;
@@ -115,7 +121,8 @@ void attn_fwd(const AttnParams& p) {
     const int64_t part_count = wanted_parts > 1 ? ceil_div(seq.seq_kv, part_keys) : 1;
     for (int64_t head_kv = 0; head_kv < p.heads_kv; ++head_kv)
       for (int64_t row = 0; row < group * seq.seq_q; row += task_rows) {
-        FwdTask task{{seq, head_kv, row, std::min(row + task_rows, group * seq.seq_q), 0, seq.seq_kv}, -1};
+        FwdTask task{
+            {seq, head_kv, row, std::min(row + task_rows, group * seq.seq_q), 0, seq.seq_kv}, -1};
         work += visible_pairs(p, task) * (p.head_dim + p.head_dim_v);
         if (part_count <= 1) {
           tasks.push_back(task);
@@ -147,17 +154,22 @@ void attn_fwd(const AttnParams& p) {
   for_each_task(tasks.size(), work, [&](int64_t i, Scratch& scratch) {
     (few_rows ? kernels.fwd_few_rows : kernels.fwd)(p, tasks[i], workspace, scratch);
   });
-  for_each_task(combines.size(), double(parts) * task_rows * p.head_dim_v, [&](int64_t i, Scratch& scratch) {
-    kernels.fwd_combine(p, combines[i], part_counts[i], workspace, scratch);
-  });
+  for_each_task(combines.size(), double(parts) * task_rows * p.head_dim_v,
+                [&](int64_t i, Scratch& scratch) {
+                  kernels.fwd_combine(p, combines[i], part_counts[i], workspace, scratch);
+                });
 }
 
 namespace {
 
-void mask_grad(const AttnBwdParams& p, const Kernels& kernels, const std::vector<Sequence>& sequences, double work) {
+void mask_grad(const AttnBwdParams& p, const Kernels& kernels,
+               const std::vector<Sequence>& sequences, double work) {
   // A task owns the elements it adds to; a dimension that the mask broadcasts is summed within the task.
-  const auto step = [](bool owned, int64_t whole, int64_t part) { return owned ? std::min(part, whole) : whole; };
-  const int64_t batches = step(p.dmask_batch_stride, p.batch, 1), heads = step(p.dmask_head_stride, p.heads_q, 1);
+  const auto step = [](bool owned, int64_t whole, int64_t part) {
+    return owned ? std::min(part, whole) : whole;
+  };
+  const int64_t batches = step(p.dmask_batch_stride, p.batch, 1),
+                heads = step(p.dmask_head_stride, p.heads_q, 1);
   const int64_t queries = step(p.dmask_q_stride, p.seq_q, kBwdTaskRows);
   const int64_t keys = step(p.dmask_kv_stride && !p.dmask_q_stride, p.seq_kv, kBwdTaskKeys);
   std::vector<MaskGradTask> tasks;
@@ -183,7 +195,8 @@ void attn_bwd(const AttnBwdParams& p) {
 
   // Either one pass of five products with a task for each KV head, or, where that leaves threads idle, a
   // pass for dk, dv and one for dq, seven products in tasks of any size. Nothing is added atomically.
-  const bool one_pass = 5.0 * ceil_div(std::max<int64_t>(units, 1), threads) <= 7.4 * units / double(threads);
+  const bool one_pass =
+      5.0 * ceil_div(std::max<int64_t>(units, 1), threads) <= 7.4 * units / double(threads);
   std::vector<BwdTask> tasks;
   double work = 0;
   for (const Sequence& seq : sequences) {
@@ -196,16 +209,21 @@ void attn_bwd(const AttnBwdParams& p) {
         continue;
       }
       for (int64_t kv = 0; kv < seq.seq_kv; kv += kBwdTaskKeys)
-        tasks.push_back({{seq, head_kv, 0, rows, kv, std::min(kv + kBwdTaskKeys, seq.seq_kv)}, false, true});
+        tasks.push_back(
+            {{seq, head_kv, 0, rows, kv, std::min(kv + kBwdTaskKeys, seq.seq_kv)}, false, true});
       for (int64_t row = 0; row < rows; row += 2 * kBwdTaskRows)
-        tasks.push_back({{seq, head_kv, row, std::min(row + 2 * kBwdTaskRows, rows), 0, seq.seq_kv}, true, false});
+        tasks.push_back({{seq, head_kv, row, std::min(row + 2 * kBwdTaskRows, rows), 0, seq.seq_kv},
+                         true,
+                         false});
     }
   }
   if (!one_pass || p.cu_seqlens_q) longest_first(p, tasks);
-  for_each_task(tasks.size(), work, [&](int64_t i, Scratch& scratch) { kernels.bwd(p, tasks[i], scratch); });
+  for_each_task(tasks.size(), work,
+                [&](int64_t i, Scratch& scratch) { kernels.bwd(p, tasks[i], scratch); });
   if (p.dmask) mask_grad(p, kernels, sequences, work);
   if (p.dsinks)
-    for_each_task(p.heads_q, work, [&](int64_t h, Scratch&) { kernels.bwd_sink(p, sequences.data(), h); });
+    for_each_task(p.heads_q, work,
+                  [&](int64_t h, Scratch&) { kernels.bwd_sink(p, sequences.data(), h); });
 }
 
 }  // namespace flash_ext::cpu

@@ -13,14 +13,25 @@ inline Vec<S> horner(Vec<S> x, const S (&c)[kTerms]) {  // c[0] + c[1] x + ...
 
 // 2^(r - 1/2) on [0, 1). Float: minimax fits of relative error 1.9e-9 and, for what is rounded to 16 bits
 // afterwards, 2.6e-6. Double: the Taylor series of 2^t, t = r - 1/2, below 1e-17.
-inline constexpr float kExp2Float[] = {7.071067691e-01f, 4.901289344e-01f, 1.698681414e-01f, 3.923264891e-02f,
-                                       6.843973882e-03f, 8.796187467e-04f, 1.534581243e-04f};
-inline constexpr float kExp2Coarse[] = {7.071086168e-01f, 4.900276959e-01f, 1.707258075e-01f, 3.677765653e-02f,
-                                        9.570102207e-03f};
-inline constexpr double kExp2Double[] = {
-    1.0,                    0.6931471805599453,    0.2402265069591007,    0.05550410866482158,   0.009618129107628477,
-    0.0013333558146428443,  0.0001540353039338161, 1.525273380405984e-05, 1.3215486790144307e-06, 1.01780860092397e-07,
-    7.0549116208011236e-09, 4.4455382718708117e-10, 2.5678435993488202e-11, 1.3691488853904128e-12};
+inline constexpr float kExp2Float[] = {7.071067691e-01f, 4.901289344e-01f, 1.698681414e-01f,
+                                       3.923264891e-02f, 6.843973882e-03f, 8.796187467e-04f,
+                                       1.534581243e-04f};
+inline constexpr float kExp2Coarse[] = {7.071086168e-01f, 4.900276959e-01f, 1.707258075e-01f,
+                                        3.677765653e-02f, 9.570102207e-03f};
+inline constexpr double kExp2Double[] = {1.0,
+                                         0.6931471805599453,
+                                         0.2402265069591007,
+                                         0.05550410866482158,
+                                         0.009618129107628477,
+                                         0.0013333558146428443,
+                                         0.0001540353039338161,
+                                         1.525273380405984e-05,
+                                         1.3215486790144307e-06,
+                                         1.01780860092397e-07,
+                                         7.0549116208011236e-09,
+                                         4.4455382718708117e-10,
+                                         2.5678435993488202e-11,
+                                         1.3691488853904128e-12};
 
 // 2^(y - 1/2) for y up to 126, 0 for -inf; a NaN stays one. The half belongs to the argument because
 // callers have a constant to hide it in; floor(y) then rounds y - 1/2 to the nearest integer.
@@ -29,7 +40,8 @@ template <bool kCoarse, typename S>
 inline Vec<S> exp2_biased(Vec<S> y) {
   Vec<S> n;
   const Vec<S> r = fraction(y, n);
-  if constexpr (sizeof(S) == 8) return scale_by_exp2(horner<S>(r - Vec<S>::all(S(kExp2Bias)), kExp2Double), n);
+  if constexpr (sizeof(S) == 8)
+    return scale_by_exp2(horner<S>(r - Vec<S>::all(S(kExp2Bias)), kExp2Double), n);
   else if constexpr (kCoarse) return scale_by_exp2(horner<S>(r, kExp2Coarse), n);
   else return scale_by_exp2(horner<S>(r, kExp2Float), n);
 }
@@ -45,7 +57,8 @@ struct ExpOf {
 
   Vec<S> operator()(Vec<S> x) const {
     const Vec<S> m = Vec<S>::all(multiplier), s = Vec<S>::all(subtrahend);
-    if constexpr (kGeneral) return exp2_biased<Math::kCoarseExp>(fma(x - s, m, Vec<S>::all(S(kExp2Bias))));
+    if constexpr (kGeneral)
+      return exp2_biased<Math::kCoarseExp>(fma(x - s, m, Vec<S>::all(S(kExp2Bias))));
     else return exp2_biased<Math::kCoarseExp>(fms(x, m, s));
   }
 

@@ -9,15 +9,19 @@ template <typename Math>
 constexpr int64_t words(int64_t elements) {
   return (elements + Math::kWordElements - 1) / Math::kWordElements;
 }
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 template <typename T>
 inline void prefetch(const T* row, int columns) {
-  for (int i = 0; i < columns * int(sizeof(T)); i += 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + i);
+  for (int i = 0; i < columns * int(sizeof(T)); i += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + i);
 }
 template <typename T>
 inline void prefetch_for_write(const T* row, int columns) {
-  for (int i = 0; i < columns * int(sizeof(T)); i += 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + i, 1);
+  for (int i = 0; i < columns * int(sizeof(T)); i += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + i, 1);
 }
 // What lies 4 KB further on: streams of short rows do not get it from the hardware prefetchers in time.
 template <typename T>
@@ -38,7 +42,8 @@ template <typename Math, typename T>
 inline void pack_row(const T* x, int64_t columns, typename Math::Word* to) {
   constexpr int kStep = kLanes<Math> * Math::kWordElements;
   for (int64_t j = 0; j < columns; j += kStep)
-    load_words<Math>(x + j, int(std::min<int64_t>(columns - j, kStep))).store((typename Math::Acc*)to + j / Math::kWordElements);
+    load_words<Math>(x + j, int(std::min<int64_t>(columns - j, kStep)))
+        .store((typename Math::Acc*)to + j / Math::kWordElements);
 }
 
 // Operand b = x: to[columns / kPanel][words(rows)][kPanel]. row(r) is the address of row r of x.
@@ -53,7 +58,8 @@ inline void pack_panels(RowOf row, int rows, int columns, typename Math::Word* t
     for (int j = 0; j < columns; j += V::kLanes) {
       auto* at = to + (j / kPanel<Math> * depth + k) * kPanel<Math> + j % kPanel<Math>;
       const int n = std::min(columns - j, V::kLanes);
-      if constexpr (Math::kWordElements == 2) Math::store_interleaved(at, x + j, next ? next + j : nullptr, n);
+      if constexpr (Math::kWordElements == 2)
+        Math::store_interleaved(at, x + j, next ? next + j : nullptr, n);
       else if (n == V::kLanes) V::load(x + j).store(at);
       else V::load(x + j, n).store(at);
     }
@@ -73,14 +79,16 @@ inline void pack_panels_transposed(RowOf row, int rows, int columns, typename Ma
     for (int j = 0; j < columns; j += kStep) {
       V block[kL];
       for (int r = 0; r < kL; ++r)
-        block[r] = r0 + r < rows ? load_words<Math>(row(r0 + r) + j, std::min(columns - j, kStep)) : V::zero();
+        block[r] = r0 + r < rows ? load_words<Math>(row(r0 + r) + j, std::min(columns - j, kStep))
+                                 : V::zero();
       const int64_t k0 = j / Math::kWordElements, count = std::min<int64_t>(depth - k0, kL);
       if (count == kL) {
         store_transposed(block, panel + k0 * kPanel<Math>, kPanel<Math>);
       } else {
         S corner[kL * kL];
         store_transposed(block, corner, kL);
-        for (int64_t k = 0; k < count; ++k) V::load(corner + k * kL).store(panel + (k0 + k) * kPanel<Math>);
+        for (int64_t k = 0; k < count; ++k)
+          V::load(corner + k * kL).store(panel + (k0 + k) * kPanel<Math>);
       }
     }
   }

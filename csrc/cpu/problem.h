@@ -8,7 +8,8 @@ namespace flash_ext::cpu::FX_ISA {
 
 template <typename T>
 inline T* head_data(const TensorView& t, int64_t batch, int64_t head, int64_t start) {
-  return static_cast<T*>(t.data) + batch * t.batch_stride + head * t.head_stride + start * t.seq_stride;
+  return static_cast<T*>(t.data) + batch * t.batch_stride + head * t.head_stride +
+         start * t.seq_stride;
 }
 
 // A tensor's rows of one sequence and head: row i at data + i * stride.
@@ -30,7 +31,8 @@ inline Rows<T> kv_rows(const TensorView& t, const Sequence& s, int64_t head_kv) 
 
 template <typename S>
 inline S* lse_of(const AttnParams& p, const void* lse, const Sequence& s, int64_t head) {
-  return static_cast<S*>(const_cast<void*>(lse)) + s.batch * p.lse_batch_stride + head * p.lse_head_stride + s.q_start;
+  return static_cast<S*>(const_cast<void*>(lse)) + s.batch * p.lse_batch_stride +
+         head * p.lse_head_stride + s.q_start;
 }
 
 struct Row {
@@ -53,13 +55,16 @@ template <int kRows, typename Visit>
 inline void for_each_block(const Extent& t, const BandMask& mask, Visit visit) {
   const int64_t seq_q = t.seq.seq_q;
   if (t.row_begin >= t.row_end) return;
-  const int64_t together = std::max<int64_t>(kRows / seq_q, 1) * seq_q;  // rows of as many heads as fit
+  const int64_t together =
+      std::max<int64_t>(kRows / seq_q, 1) * seq_q;  // rows of as many heads as fit
   for (int64_t r = t.row_begin; r < t.row_end;) {
     const int64_t query = r % seq_q;
     const int64_t end = std::min({r + kRows, r - query + together, t.row_end});
     const bool one_head = r / seq_q == (end - 1) / seq_q;
-    const KeyRange keys = one_head ? mask.visible(query, query + end - r - 1) : mask.visible(0, seq_q - 1);
-    visit(RowBlock{r, int(end - r), {std::max(keys.begin, t.kv_begin), std::min(keys.end, t.kv_end)}});
+    const KeyRange keys =
+        one_head ? mask.visible(query, query + end - r - 1) : mask.visible(0, seq_q - 1);
+    visit(RowBlock{
+        r, int(end - r), {std::max(keys.begin, t.kv_begin), std::min(keys.end, t.kv_end)}});
     r = end;
   }
 }

@@ -12,7 +12,8 @@ template <typename S>
 class Scores {
  public:
   Scores(const AttnParams& p, const Sequence& seq, int64_t width, Scratch& scratch)
-      : p_(p), seq_(seq), has_bias_(p.mask.data || p.alibi_slopes), has_dropout_(p.dropout_threshold != 0) {
+      : p_(p), seq_(seq), has_bias_(p.mask.data || p.alibi_slopes),
+        has_dropout_(p.dropout_threshold != 0) {
     if (has_bias_) bias_ = scratch.take<S>(width + kPad);
     if (has_dropout_) keep_ = scratch.take<S>(width + kPad);
   }
@@ -26,7 +27,8 @@ class Scores {
   void apply(Row row, int64_t kv0, int begin, int end, S* s, S* slope = nullptr) {
     using V = Vec<S>;
     if (has_bias_) fill_bias(row, kv0, begin, end);
-    const V scale = V::all(S(p_.scale)), cap = V::all(S(p_.softcap)), inverse_cap = V::all(S(1 / p_.softcap));
+    const V scale = V::all(S(p_.scale)), cap = V::all(S(p_.softcap)),
+            inverse_cap = V::all(S(1 / p_.softcap));
     for (int j = begin / V::kLanes * V::kLanes; j < end; j += V::kLanes) {
       V x = V::load(s + j) * scale;
       if (p_.softcap > 0) {
@@ -44,7 +46,8 @@ class Scores {
     const S kept = S(65536.0 / (65536.0 - p_.dropout_threshold));
     const uint32_t batch_head = uint32_t(seq_.batch * p_.heads_q + row.head);
     for (int64_t j = kv0 + begin; j < kv0 + end;) {
-      const Philox4 bits = dropout_bits(p_.rng_state[0], p_.rng_state[1], batch_head, uint32_t(row.query), uint32_t(j >> 3));
+      const Philox4 bits = dropout_bits(p_.rng_state[0], p_.rng_state[1], batch_head,
+                                        uint32_t(row.query), uint32_t(j >> 3));
       do {
         const uint32_t u = bits.word[(j & 7) >> 1] >> (16 * (j & 1)) & 0xffff;
         keep_[j - kv0] = u < p_.dropout_threshold ? S(0) : kept;
@@ -67,14 +70,19 @@ class Scores {
     }
     const MaskView& m = p_.mask;
     if (!m.data) return;
-    const int64_t first = seq_.batch * m.batch_stride + row.head * m.head_stride + row.query * m.q_stride +
-                          (kv0 + begin) * m.kv_stride;
+    const int64_t first = seq_.batch * m.batch_stride + row.head * m.head_stride +
+                          row.query * m.q_stride + (kv0 + begin) * m.kv_stride;
     switch (m.dtype) {
-      case DType::b8: return add_mask(static_cast<const bool*>(m.data) + first, m.kv_stride, begin, end);
-      case DType::f16: return add_mask(static_cast<const half_t*>(m.data) + first, m.kv_stride, begin, end);
-      case DType::bf16: return add_mask(static_cast<const bf16_t*>(m.data) + first, m.kv_stride, begin, end);
-      case DType::f32: return add_mask(static_cast<const float*>(m.data) + first, m.kv_stride, begin, end);
-      case DType::f64: return add_mask(static_cast<const double*>(m.data) + first, m.kv_stride, begin, end);
+      case DType::b8:
+        return add_mask(static_cast<const bool*>(m.data) + first, m.kv_stride, begin, end);
+      case DType::f16:
+        return add_mask(static_cast<const half_t*>(m.data) + first, m.kv_stride, begin, end);
+      case DType::bf16:
+        return add_mask(static_cast<const bf16_t*>(m.data) + first, m.kv_stride, begin, end);
+      case DType::f32:
+        return add_mask(static_cast<const float*>(m.data) + first, m.kv_stride, begin, end);
+      case DType::f64:
+        return add_mask(static_cast<const double*>(m.data) + first, m.kv_stride, begin, end);
     }
   }
 
@@ -111,15 +119,16 @@ struct SoftmaxState {
 // Without kGeneral s is still q·k and the score scale · s. keep is the dropout factor, or null; it
 // does not enter the sum. out_begin and out_end are multiples of a word vector.
 template <typename Math, bool kGeneral, typename S = typename Math::Acc>
-inline S softmax_step(SoftmaxState<S>& state, const S* s, int begin, int end, S scale, const S* keep,
-                      typename Math::Word* probs, int out_begin, int out_end) {
+inline S softmax_step(SoftmaxState<S>& state, const S* s, int begin, int end, S scale,
+                      const S* keep, typename Math::Word* probs, int out_begin, int out_end) {
   using V = Vec<S>;
   constexpr S kInf = std::numeric_limits<S>::infinity();
   constexpr int kL = V::kLanes, kStep = kL * Math::kWordElements;
   const auto zero_fill = [&](int from, int to) {
     V zeros[Math::kWordElements];
     for (V& z : zeros) z = V::zero();
-    for (int j = from; j < to; j += kStep) Math::store_operand(probs + j / Math::kWordElements, zeros);
+    for (int j = from; j < to; j += kStep)
+      Math::store_operand(probs + j / Math::kWordElements, zeros);
   };
   // Lanes of vector j that are inside [begin, end).
   const auto inside = [&](int j) { return V::both(V::first(end - j), V::first_not(begin - j)); };
@@ -130,7 +139,8 @@ inline S softmax_step(SoftmaxState<S>& state, const S* s, int begin, int end, S 
   const int first_full = (begin + kL - 1) / kL * kL, last_full = end / kL * kL;
 
   V top = V::all(-kInf);
-  if (begin < first_full) top = select(inside(first_full - kL), max(V::load(s + first_full - kL), top), top);
+  if (begin < first_full)
+    top = select(inside(first_full - kL), max(V::load(s + first_full - kL), top), top);
   V top2 = top;
   int j = first_full;
   for (; j + kL < last_full; j += 2 * kL) {
@@ -138,7 +148,8 @@ inline S softmax_step(SoftmaxState<S>& state, const S* s, int begin, int end, S 
     top2 = max(V::load(s + j + kL), top2);
   }
   if (j < last_full) top = max(V::load(s + j), top);
-  if (last_full < end && last_full >= first_full) top = select(inside(last_full), max(V::load(s + last_full), top), top);
+  if (last_full < end && last_full >= first_full)
+    top = select(inside(last_full), max(V::load(s + last_full), top), top);
   const S block_top = reduce_max(max(top2, top)) * (kGeneral ? S(1) : scale);
   const S new_top = block_top > state.top ? block_top : state.top;
 

@@ -17,7 +17,8 @@ class Scratch {
   // n uninitialised elements on a cache line, valid until reset().
   template <typename T>
   T* take(int64_t n) {
-    const size_t bytes = (size_t(n) * sizeof(T) + 255) / 128 * 128;  // a line to spare between neighbours
+    const size_t bytes =
+        (size_t(n) * sizeof(T) + 255) / 128 * 128;  // a line to spare between neighbours
     if (chunks_.empty() || chunks_.back().size - used_ < bytes) grow(bytes);
     T* at = reinterpret_cast<T*>(chunks_.back().data + used_);
     used_ += bytes;

@@ -37,7 +37,9 @@ struct Vec<float> {
     return load(lanes);
   }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
-  void store(float* p, int n) const { store_first(p, n, [this](float* to) { store(to); }); }
+  void store(float* p, int n) const {
+    store_first(p, n, [this](float* to) { store(to); });
+  }
   void store(bf16_t* p, int n) const {
     store_first(p, n, [this](bf16_t* to) { _mm_storeu_si128((__m128i*)to, to_bf16()); });
   }
@@ -51,7 +53,9 @@ struct Vec<float> {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane));
   }
-  static Mask first_not(int n) { return _mm256_xor_ps(first(n), _mm256_castsi256_ps(_mm256_set1_epi32(-1))); }
+  static Mask first_not(int n) {
+    return _mm256_xor_ps(first(n), _mm256_castsi256_ps(_mm256_set1_epi32(-1)));
+  }
   static Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
 
   __m128i to_bf16() const {  // round to nearest even; a NaN stays one
@@ -94,7 +98,9 @@ struct Vec<double> {
     const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
     return _mm256_castsi256_pd(_mm256_cmpgt_epi64(_mm256_set1_epi64x(n), lane));
   }
-  static Mask first_not(int n) { return _mm256_xor_pd(first(n), _mm256_castsi256_pd(_mm256_set1_epi64x(-1))); }
+  static Mask first_not(int n) {
+    return _mm256_xor_pd(first(n), _mm256_castsi256_pd(_mm256_set1_epi64x(-1)));
+  }
   static Mask both(Mask a, Mask b) { return _mm256_and_pd(a, b); }
 };
 
@@ -105,13 +111,15 @@ inline F operator+(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline F operator-(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline F operator*(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline F operator/(F a, F b) { return {_mm256_div_ps(a.v, b.v)}; }
-inline F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }   // a b + c
-inline F fms(F a, F b, F c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }   // a b - c
+inline F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }    // a b + c
+inline F fms(F a, F b, F c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }    // a b - c
 inline F fnma(F a, F b, F c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a b
-inline F max(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }               // b where either is NaN
-inline F round(F x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline F max(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }                // b where either is NaN
+inline F round(F x) {
+  return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
 inline F fraction(F y, F& exponent) {  // y - floor(y), and floor(y)
-  y = max(F::all(-2000), y);  // so that -inf - floor(-inf) is no NaN
+  y = max(F::all(-2000), y);           // so that -inf - floor(-inf) is no NaN
   exponent = {_mm256_round_ps(y.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
   return y - exponent;
 }
@@ -145,9 +153,11 @@ inline D fma(D a, D b, D c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
 inline D fms(D a, D b, D c) { return {_mm256_fmsub_pd(a.v, b.v, c.v)}; }
 inline D fnma(D a, D b, D c) { return {_mm256_fnmadd_pd(a.v, b.v, c.v)}; }
 inline D max(D a, D b) { return {_mm256_max_pd(a.v, b.v)}; }
-inline D round(D x) { return {_mm256_round_pd(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline D round(D x) {
+  return {_mm256_round_pd(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
 inline D fraction(D y, D& exponent) {  // y - floor(y), and floor(y)
-  y = max(D::all(-2000), y);  // so that -inf - floor(-inf) is no NaN
+  y = max(D::all(-2000), y);           // so that -inf - floor(-inf) is no NaN
   exponent = {_mm256_round_pd(y.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
   return y - exponent;
 }
@@ -174,12 +184,15 @@ inline double reduce_max(D x) {
 inline F reduce_add_each(const F (&x)[8]) {
   __m256 a[4], b[2];
   for (int i = 0; i < 4; ++i)  // sums of x[2i] and x[2i + 1] alternate
-    a[i] = _mm256_add_ps(_mm256_unpacklo_ps(x[2 * i].v, x[2 * i + 1].v), _mm256_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v));
+    a[i] = _mm256_add_ps(_mm256_unpacklo_ps(x[2 * i].v, x[2 * i + 1].v),
+                         _mm256_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v));
   for (int i = 0; i < 2; ++i) {  // each 128-bit lane: one partial sum of each of four
     const __m256d p = _mm256_castps_pd(a[2 * i]), q = _mm256_castps_pd(a[2 * i + 1]);
-    b[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(p, q)), _mm256_castpd_ps(_mm256_unpackhi_pd(p, q)));
+    b[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(p, q)),
+                         _mm256_castpd_ps(_mm256_unpackhi_pd(p, q)));
   }
-  return {_mm256_add_ps(_mm256_permute2f128_ps(b[0], b[1], 0x20), _mm256_permute2f128_ps(b[0], b[1], 0x31))};
+  return {_mm256_add_ps(_mm256_permute2f128_ps(b[0], b[1], 0x20),
+                        _mm256_permute2f128_ps(b[0], b[1], 0x31))};
 }
 inline D reduce_add_each(const D (&x)[4]) {
   return {_mm256_setr_pd(reduce_add(x[0]), reduce_add(x[1]), reduce_add(x[2]), reduce_add(x[3]))};

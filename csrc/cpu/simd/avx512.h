@@ -22,10 +22,14 @@ struct Vec<float> {
   static Vec all(float x) { return {_mm512_set1_ps(x)}; }
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Vec load(const bf16_t* p) { return from_bf16(_mm256_loadu_si256((const __m256i*)p)); }
-  static Vec load(const half_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+  static Vec load(const half_t* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
+  }
   // The first n lanes; the others are 0 and their memory is not touched.
   static Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
-  static Vec load(const bf16_t* p, int n) { return from_bf16(_mm256_maskz_loadu_epi16(first(n), p)); }
+  static Vec load(const bf16_t* p, int n) {
+    return from_bf16(_mm256_maskz_loadu_epi16(first(n), p));
+  }
   static Vec load(const half_t* p, int n) {
     return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))};
   }
@@ -36,7 +40,9 @@ struct Vec<float> {
     _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
 
-  static Mask first(int n) { return n >= 16 ? Mask(0xffff) : n <= 0 ? Mask(0) : Mask((1u << n) - 1); }
+  static Mask first(int n) {
+    return n >= 16 ? Mask(0xffff) : n <= 0 ? Mask(0) : Mask((1u << n) - 1);
+  }
   static Mask first_not(int n) { return Mask(~first(n)); }
   static Mask both(Mask a, Mask b) { return a & b; }
 
@@ -78,10 +84,10 @@ inline F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
-inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }   // a b + c
-inline F fms(F a, F b, F c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }   // a b - c
+inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }    // a b + c
+inline F fms(F a, F b, F c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }    // a b - c
 inline F fnma(F a, F b, F c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a b
-inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }               // b where either is NaN
+inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }                // b where either is NaN
 inline F round(F x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT)}; }
 inline F scale_by_exp2(F x, F n) { return {_mm512_scalef_ps(x.v, n.v)}; }  // x 2^floor(n)
 inline F fraction(F y, F& exponent) {  // y - floor(y); the exponent is y, whose floor counts
@@ -120,14 +126,18 @@ inline double reduce_max(D x) { return _mm512_reduce_max_pd(x.v); }
 inline F reduce_add_each(const F (&x)[16]) {
   __m512 a[8], b[4], c[2];
   for (int i = 0; i < 8; ++i)  // sums of x[2i] and x[2i + 1] alternate
-    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i].v, x[2 * i + 1].v), _mm512_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v));
+    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i].v, x[2 * i + 1].v),
+                         _mm512_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v));
   for (int i = 0; i < 4; ++i) {  // each 128-bit lane: one partial sum of each of four
     const __m512d p = _mm512_castps_pd(a[2 * i]), q = _mm512_castps_pd(a[2 * i + 1]);
-    b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+    b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
   }
   for (int i = 0; i < 2; ++i)  // lanes 0, 1 of b[2i], then of b[2i + 1], and 2, 3 added to them
-    c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
-  return {_mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd))};
+    c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88),
+                         _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88),
+                        _mm512_shuffle_f32x4(c[0], c[1], 0xdd))};
 }
 
 inline D reduce_add_each(const D (&x)[8]) {

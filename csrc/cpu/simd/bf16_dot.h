@@ -29,7 +29,8 @@ struct Bf16DotMath {
   static void store_interleaved(Word* to, const bf16_t* even, const bf16_t* odd, int n) {
     const __mmask16 lanes = F::first(n);
     const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, even));
-    const __m512i high = odd ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, odd)) : _mm512_setzero_si512();
+    const __m512i high =
+        odd ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, odd)) : _mm512_setzero_si512();
     _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
   // 2n bfloat16 of a row as words.

@@ -65,25 +65,64 @@ Vec<S> map(Vec<S> x, S (*f)(S)) {
   return x;
 }
 
-template <typename S> Vec<S> operator+(Vec<S> a, Vec<S> b) { return {a.v + b.v}; }
-template <typename S> Vec<S> operator-(Vec<S> a, Vec<S> b) { return {a.v - b.v}; }
-template <typename S> Vec<S> operator*(Vec<S> a, Vec<S> b) { return {a.v * b.v}; }
-template <typename S> Vec<S> operator/(Vec<S> a, Vec<S> b) { return {a.v / b.v}; }
-template <typename S> Vec<S> fma(Vec<S> a, Vec<S> b, Vec<S> c) { return {a.v * b.v + c.v}; }
-template <typename S> Vec<S> fms(Vec<S> a, Vec<S> b, Vec<S> c) { return {a.v * b.v - c.v}; }
-template <typename S> Vec<S> fnma(Vec<S> a, Vec<S> b, Vec<S> c) { return {c.v - a.v * b.v}; }
-template <typename S> Vec<S> max(Vec<S> a, Vec<S> b) { return {a.v > b.v ? a.v : b.v}; }  // b where either is NaN
-template <typename S> Vec<S> round(Vec<S> x) { return map<S>(x, std::nearbyint); }
+template <typename S>
+Vec<S> operator+(Vec<S> a, Vec<S> b) {
+  return {a.v + b.v};
+}
+template <typename S>
+Vec<S> operator-(Vec<S> a, Vec<S> b) {
+  return {a.v - b.v};
+}
+template <typename S>
+Vec<S> operator*(Vec<S> a, Vec<S> b) {
+  return {a.v * b.v};
+}
+template <typename S>
+Vec<S> operator/(Vec<S> a, Vec<S> b) {
+  return {a.v / b.v};
+}
+template <typename S>
+Vec<S> fma(Vec<S> a, Vec<S> b, Vec<S> c) {
+  return {a.v * b.v + c.v};
+}
+template <typename S>
+Vec<S> fms(Vec<S> a, Vec<S> b, Vec<S> c) {
+  return {a.v * b.v - c.v};
+}
+template <typename S>
+Vec<S> fnma(Vec<S> a, Vec<S> b, Vec<S> c) {
+  return {c.v - a.v * b.v};
+}
+template <typename S>
+Vec<S> max(Vec<S> a, Vec<S> b) {
+  return {a.v > b.v ? a.v : b.v};
+}  // b where either is NaN
+template <typename S>
+Vec<S> round(Vec<S> x) {
+  return map<S>(x, std::nearbyint);
+}
 template <typename S>
 Vec<S> fraction(Vec<S> y, Vec<S>& exponent) {  // y - floor(y), and floor(y)
-  y = max(Vec<S>::all(-2000), y);  // so that -inf - floor(-inf) is no NaN
+  y = max(Vec<S>::all(-2000), y);              // so that -inf - floor(-inf) is no NaN
   exponent = map<S>(y, std::floor);
   return y - exponent;
 }
-template <typename S> Vec<S> select(typename Vec<S>::Mask m, Vec<S> a, Vec<S> b) { return {m ? a.v : b.v}; }
-template <typename S> Vec<S> abs(Vec<S> x) { return map<S>(x, std::fabs); }
-template <typename S> typename Vec<S>::Mask less(Vec<S> a, Vec<S> b) { return a.v < b.v; }
-template <typename S> typename Vec<S>::Mask equal(Vec<S> a, Vec<S> b) { return a.v == b.v; }
+template <typename S>
+Vec<S> select(typename Vec<S>::Mask m, Vec<S> a, Vec<S> b) {
+  return {m ? a.v : b.v};
+}
+template <typename S>
+Vec<S> abs(Vec<S> x) {
+  return map<S>(x, std::fabs);
+}
+template <typename S>
+typename Vec<S>::Mask less(Vec<S> a, Vec<S> b) {
+  return a.v < b.v;
+}
+template <typename S>
+typename Vec<S>::Mask equal(Vec<S> a, Vec<S> b) {
+  return a.v == b.v;
+}
 template <typename S>
 Vec<S> scale_by_exp2(Vec<S> x, Vec<S> n) {
   for (int i = 0; i < Vec<S>::kLanes; ++i)

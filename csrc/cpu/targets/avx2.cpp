@@ -10,7 +10,9 @@
 
 #include "../table.h"
 
-const flash_ext::cpu::Kernels& flash_ext::cpu::avx2::kernels(DType dtype) { return plain_kernels(dtype); }
+const flash_ext::cpu::Kernels& flash_ext::cpu::avx2::kernels(DType dtype) {
+  return plain_kernels(dtype);
+}
 
 #if defined(__clang__)
 #pragma clang attribute pop

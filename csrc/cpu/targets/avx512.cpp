@@ -1,7 +1,9 @@
 #include "prelude.h"
 #if defined(__x86_64__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
@@ -10,7 +12,9 @@
 
 #include "../table.h"
 
-const flash_ext::cpu::Kernels& flash_ext::cpu::avx512::kernels(DType dtype) { return plain_kernels(dtype); }
+const flash_ext::cpu::Kernels& flash_ext::cpu::avx512::kernels(DType dtype) {
+  return plain_kernels(dtype);
+}
 
 #if defined(__clang__)
 #pragma clang attribute pop

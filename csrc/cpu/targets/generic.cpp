@@ -4,4 +4,6 @@
 
 #include "../table.h"
 
-const flash_ext::cpu::Kernels& flash_ext::cpu::generic::kernels(DType dtype) { return plain_kernels(dtype); }
+const flash_ext::cpu::Kernels& flash_ext::cpu::generic::kernels(DType dtype) {
+  return plain_kernels(dtype);
+}
