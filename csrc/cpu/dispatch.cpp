@@ -48,7 +48,7 @@ const Isa& find(const std::string& name) {
     if (name == isa.name) return isa;
     usable += (usable.empty() ? "" : ", ") + std::string(isa.name);
   }
-  throw std::invalid_argument("CPU instruction set: expected one of " + usable + ", got '" + name +
+  throw std::invalid_argument("FLASH_EXT_CPU_ISA: expected one of " + usable + ", got '" + name +
                               "'");
 }
 
