@@ -7,7 +7,7 @@ from .checks import acc_dtype, check_floating, check_rank, check_tensor, fail
 
 def dense(
     query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, alibi_slopes, sinks,
-    causal_align, layout,
+    causal_align, deterministic, layout,
 ):  # fmt: skip
     """The positional arguments of torch.ops.flash_ext.attn_fwd. The op itself checks the tensors."""
     if not isinstance(query, torch.Tensor):
@@ -22,32 +22,27 @@ def dense(
         out_bshd = True
     else:
         fail("layout", "'bhsd' or 'bshd'", repr(layout))
-    options = _options(
-        query, key, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, alibi_slopes, sinks, causal_align
-    )
-    scale, left, right, top_left, attn_mask, alibi_slopes, sinks, rng_state = options
-    return (
-        query, key, value, scale, left, right, top_left, out_bshd, softcap, dropout_p, attn_mask, alibi_slopes, sinks,
-        rng_state,
+    place, options = _options(
+        query, key, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, alibi_slopes, sinks,
+        causal_align, deterministic,
     )  # fmt: skip
+    return query, key, value, *place, out_bshd, *options
 
 
 def varlen(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-    window, softcap, alibi_slopes, sinks, causal_align,
+    window, softcap, alibi_slopes, sinks, causal_align, deterministic,
 ):  # fmt: skip
     """The positional arguments of torch.ops.flash_ext.attn_varlen_fwd."""
     check_rank("q", q, 3, "[total_q, heads_q, head_dim]")
     check_tensor("cu_seqlens_q", cu_seqlens_q)
     check_tensor("cu_seqlens_k", cu_seqlens_k)
-    options = _options(
-        q, k, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, alibi_slopes, sinks, causal_align
-    )
-    scale, left, right, top_left, attn_mask, alibi_slopes, sinks, rng_state = options
-    return (
-        q, k, v, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k, scale, left, right,
-        top_left, softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state,
+    place, options = _options(
+        q, k, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, alibi_slopes, sinks, causal_align,
+        deterministic,
     )  # fmt: skip
+    lengths = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k
+    return q, k, v, *lengths, *place, *options
 
 
 _LAYOUTS = {"bhsd": "[batch, heads_q, seq_q, head_dim]", "bshd": "[batch, seq_q, heads_q, head_dim]"}
@@ -58,7 +53,10 @@ def _transpose(name, tensor):
     return tensor.transpose(1, 2)
 
 
-def _options(query, key, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, alibi_slopes, sinks, causal_align):
+def _options(
+    query, key, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, alibi_slopes, sinks, causal_align,
+    deterministic,
+):  # fmt: skip
     left = right = -1
     if window is not None:
         left, right = _window(window)
@@ -82,7 +80,11 @@ def _options(query, key, attn_mask, dropout_p, is_causal, scale, enable_gqa, win
         sinks = _as_acc("sinks", sinks, query)
     # Drawn by torch, so that torch.manual_seed, torch.compile and CUDA graphs all work.
     rng_state = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=query.device) if dropout_p > 0 else None
-    return scale, left, right, top_left, attn_mask, alibi_slopes, sinks, rng_state
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    return (scale, left, right, top_left), (
+        softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state, deterministic,
+    )  # fmt: skip
 
 
 def _window(window):

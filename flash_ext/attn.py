@@ -83,7 +83,7 @@ def attn(
     """
     args = arguments.dense(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, alibi_slopes, sinks,
-        causal_align, layout,
+        causal_align, deterministic, layout,
     )  # fmt: skip
     if not _runs_native(query, alibi_slopes, backend):
         out, lse = run(attention, *args)
@@ -137,7 +137,7 @@ def attn_varlen(
     """
     args = arguments.varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, attn_mask, dropout_p, is_causal, scale,
-        enable_gqa, window, softcap, alibi_slopes, sinks, causal_align,
+        enable_gqa, window, softcap, alibi_slopes, sinks, causal_align, deterministic,
     )  # fmt: skip
     if not _runs_native(q, alibi_slopes, backend):
         out, lse = run(attention_varlen, *args)

@@ -17,7 +17,7 @@ def math(
     """`attn` on the backend "math". compute_dtype: the dtype of the arithmetic, for error bounds; default as `attn`."""
     args = arguments.dense(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, alibi_slopes, sinks,
-        causal_align, layout,
+        causal_align, deterministic, layout,
     )  # fmt: skip
     out, lse = run(attention, *args, compute_dtype=compute_dtype)
     if layout == "bshd":
@@ -33,7 +33,7 @@ def math_varlen(
     """`attn_varlen` on the backend "math"; compute_dtype as for `math`."""
     args = arguments.varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, attn_mask, dropout_p, is_causal, scale,
-        enable_gqa, window, softcap, alibi_slopes, sinks, causal_align,
+        enable_gqa, window, softcap, alibi_slopes, sinks, causal_align, deterministic,
     )  # fmt: skip
     out, lse = run(attention_varlen, *args, compute_dtype=compute_dtype)
     return (out, lse) if return_lse else out

@@ -121,9 +121,9 @@ class Attn(Function):
     @staticmethod
     def forward(ctx, *args):
         out, lse = call_below(ops.attn_fwd.default, args)
-        q, k, v, *numbers, attn_mask, alibi_slopes, sinks, rng_state = args
+        q, k, v, *numbers, attn_mask, alibi_slopes, sinks, rng_state, deterministic = args
         del numbers[4]  # out_bshd
-        ctx.numbers = numbers
+        ctx.numbers, ctx.deterministic = numbers, deterministic
         ctx.save_for_backward(q, k, v, out, lse, attn_mask, alibi_slopes, sinks, rng_state)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -136,18 +136,18 @@ class Attn(Function):
             grad_out = torch.zeros_like(out)
         dq, dk, dv, dmask, dsinks = call_bwd(
             ops.attn_bwd.default, grad_out, grad_lse, q, k, v, out, lse, *ctx.numbers, *options, need_mask_grad,
-            torch.are_deterministic_algorithms_enabled(),
+            ctx.deterministic,
         )  # fmt: skip
-        none = (None,) * 7
-        return dq, dk, dv, *none, dmask if need_mask_grad else None, None, dsinks if need_sinks_grad else None, None
+        dmask, dsinks = dmask if need_mask_grad else None, dsinks if need_sinks_grad else None
+        return dq, dk, dv, *(None,) * 7, dmask, None, dsinks, None, None
 
 
 class AttnVarlen(Function):
     @staticmethod
     def forward(ctx, *args):
         out, lse = call_below(ops.attn_varlen_fwd.default, args)
-        q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers, attn_mask, alibi_slopes, sinks, rng_state = args
-        ctx.numbers = numbers
+        q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers, attn_mask, alibi_slopes, sinks, rng_state, deterministic = args
+        ctx.numbers, ctx.deterministic = numbers, deterministic
         options = attn_mask, alibi_slopes, sinks, rng_state
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options)
         ctx.set_materialize_grads(False)
@@ -161,10 +161,10 @@ class AttnVarlen(Function):
             grad_out = torch.zeros_like(out)
         dq, dk, dv, dmask, dsinks = call_bwd(
             ops.attn_varlen_bwd.default, grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
-            *ctx.numbers, *options, need_mask_grad, torch.are_deterministic_algorithms_enabled(),
+            *ctx.numbers, *options, need_mask_grad, ctx.deterministic,
         )  # fmt: skip
-        none = (None,) * 10
-        return dq, dk, dv, *none, dmask if need_mask_grad else None, None, dsinks if need_sinks_grad else None, None
+        dmask, dsinks = dmask if need_mask_grad else None, dsinks if need_sinks_grad else None
+        return dq, dk, dv, *(None,) * 10, dmask, None, dsinks, None, None
 
 
 class FirstDerivative(Function):
@@ -207,11 +207,11 @@ def differentiate_fwd(function, op, args, alibi_slopes):
 
 def autograd_attn_fwd(
     q, k, v, scale, window_left=-1, window_right=-1, top_left=False, out_bshd=False, softcap=0.0, dropout_p=0.0,
-    attn_mask=None, alibi_slopes=None, sinks=None, rng_state=None,
+    attn_mask=None, alibi_slopes=None, sinks=None, rng_state=None, deterministic=False,
 ):  # fmt: skip
     args = (
         q, k, v, scale, window_left, window_right, top_left, out_bshd, softcap, dropout_p, attn_mask, alibi_slopes,
-        sinks, rng_state,
+        sinks, rng_state, deterministic,
     )  # fmt: skip
     return differentiate_fwd(Attn, ops.attn_fwd.default, args, alibi_slopes)
 
@@ -219,10 +219,11 @@ def autograd_attn_fwd(
 def autograd_attn_varlen_fwd(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, window_left=-1, window_right=-1,
     top_left=False, softcap=0.0, dropout_p=0.0, attn_mask=None, alibi_slopes=None, sinks=None, rng_state=None,
+    deterministic=False,
 ):  # fmt: skip
     args = (
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, window_left, window_right, top_left,
-        softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state,
+        softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state, deterministic,
     )  # fmt: skip
     return differentiate_fwd(AttnVarlen, ops.attn_varlen_fwd.default, args, alibi_slopes)
 
@@ -300,8 +301,8 @@ def loop(op, size, args, in_dims):
 def vmap_attn_fwd(info, in_dims, *args):
     op, size = ops.attn_fwd.default, info.batch_size
     args, in_dims = with_defaults(op, args, in_dims)
-    q, k, v, *numbers, attn_mask, alibi_slopes, sinks, rng_state = args
-    mask_dim, slopes_dim, sinks_dim, _ = in_dims[10:]
+    q, k, v, *numbers, attn_mask, alibi_slopes, sinks, rng_state, deterministic = args
+    mask_dim, slopes_dim, sinks_dim = in_dims[10:13]
     if sinks_dim is not None or rng_state is not None:
         return loop(op, size, args, in_dims)
     batch = batch_of(q, in_dims[0])
@@ -309,7 +310,7 @@ def vmap_attn_fwd(info, in_dims, *args):
     if attn_mask is not None and (mask_dim is not None or attn_mask.shape[0] != 1):
         attn_mask = fold(attn_mask, mask_dim, size, batch)
     alibi_slopes = fold_slopes(alibi_slopes, slopes_dim, size, batch)
-    results = op(q, k, v, *numbers, attn_mask, alibi_slopes, sinks, rng_state)
+    results = op(q, k, v, *numbers, attn_mask, alibi_slopes, sinks, rng_state, deterministic)
     return tuple(x.unflatten(0, (size, batch)) for x in results), (0, 0)
 
 

@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Case:
-    """One call, but for its dtype and device. With lengths_q it is packed (attn_varlen), and batch and seq_* do not count."""
+    """One call, but for its dtype and device. With lengths_q it is packed; batch, seq_q, seq_kv do not count then."""
 
     id: str
     batch: int = 2
@@ -393,7 +393,8 @@ def errors(inputs, results):
 
     Allowed is 2 times (gradients: 3 times) the error of plain torch operations in the same dtype, plus a few units in
     the last place of the largest value. Sums in the accumulation dtype may also be taken in another order than torch's:
-    sqrt(n) roundings for n terms, of the largest gradient where terms cancel.
+    sqrt(n) roundings for n terms. And what cancels leaves the roundings of its terms: in a gradient those of
+    grad_out . out, which has the inputs' dtype, and in exp(score - lse) that of lse.
     """
     dtype, acc = inputs.args[0].dtype, acc_dtype(inputs.args[0].dtype)
     grads = "dq" in results
@@ -405,23 +406,36 @@ def errors(inputs, results):
     if plain_dtype != torch.float32:  # lse is of the accumulation dtype, and so are its errors
         plain["lse"] = run(plain_inputs, grads=False, compute_dtype=torch.float32)["lse"]
 
-    rows = max(max(x.numel() // x.shape[-1] for x in inputs.args[:3]), 1)
+    eps = torch.finfo(acc).eps
+    q, k, v = (x.detach() for x in inputs.args[:3])
+    rows = max(max(x.numel() // x.shape[-1] for x in (q, k, v)), 1)
     mask = inputs.options["attn_mask"]
-    size_of_gradients = max((largest(x) for name, x in exact.items() if name.startswith("d")), default=0.0)
+    scale = inputs.case.scale if inputs.case.scale is not None else q.shape[-1] ** -0.5
+    gradients = max((largest(x) for name, x in exact.items() if name.startswith("d")), default=0.0)
+    products = torch.finfo(dtype).eps * rms(inputs.grad_out) * rms(v) * v.shape[-1] ** 0.5
+    leverage = {"dq": scale * largest(k), "dk": scale * largest(q), "dsinks": rows**0.5}
     found = []
     for name, result in results.items():
-        gradient = name.startswith("d")
-        terms = rows**2 / mask.numel() if name == "dattn_mask" and mask.numel() else rows
-        summing = terms**0.5 * torch.finfo(acc).eps * (size_of_gradients if gradient else largest(exact[name]))
-        allowed = (3 if gradient else 2) * distance(plain[name], exact[name]) * unit
-        allowed += rounding(exact[name], result.dtype) + summing
-        found.append(Error(name, distance(result, exact[name]), allowed))
+        factor, terms, size, slack = 2, rows, largest(v), 0.0
+        if name == "lse":
+            size, slack = max(1.0, largest(exact[name])), 8 * eps  # exp and tanh may be units in the last place off
+        elif name != "out":
+            factor, size = 3, gradients
+            slack = products * max(1.0, leverage.get(name, 0.0)) + eps * largest(exact["lse"]) * gradients
+        if name == "dattn_mask" and mask.numel():
+            terms = max(rows**2 / mask.numel(), rows)
+        allowed = factor * distance(plain[name], exact[name]) * unit + rounding(exact[name], result.dtype)
+        found.append(Error(name, distance(result, exact[name]), allowed + terms**0.5 * eps * size + slack))
     return found
 
 
 def largest(tensor):
     finite = tensor[torch.isfinite(tensor)]
     return finite.abs().max().item() if finite.numel() else 0.0
+
+
+def rms(tensor):
+    return tensor.double().square().mean().sqrt().item() if tensor.numel() else 0.0
 
 
 def distance(result, exact):

@@ -31,7 +31,9 @@ options = dict(
     dropout_p=st.one_of(st.just(0.0), st.floats(0, 0.95)),
     grad_lse=st.booleans(),
 )
-heads = st.tuples(st.integers(1, 3), st.integers(1, 4)).map(lambda pair: dict(heads_kv=pair[0], heads_q=pair[0] * pair[1]))
+heads = st.tuples(st.integers(1, 3), st.integers(1, 4)).map(
+    lambda pair: dict(heads_kv=pair[0], heads_q=pair[0] * pair[1])
+)
 dtypes = st.sampled_from(DTYPES)
 
 

@@ -54,4 +54,4 @@ def test_environment_variable(name):
     if name in ISAS:
         assert result.stdout.strip() == name, result.stderr
     else:  # never silently another one
-        assert result.returncode != 0 and "FLASH_EXT_CPU_ISA" in result.stderr and "mmx" in result.stderr
+        assert result.returncode != 0 and "got 'mmx'" in result.stderr

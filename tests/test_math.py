@@ -93,7 +93,9 @@ def test_against_one_number_at_a_time(case):
 @pytest.mark.parametrize("heads_kv", [1, 2, 4])
 @pytest.mark.parametrize("mask", [None, "causal", "bool", "float"])
 def test_against_scaled_dot_product_attention(mask, heads_kv):
-    q, k, v = (torch.randn(2, heads, seq, 8, dtype=torch.float64) for heads, seq in ((4, 5), (heads_kv, 7), (heads_kv, 7)))
+    q, k, v = (
+        torch.randn(2, heads, seq, 8, dtype=torch.float64) for heads, seq in ((4, 5), (heads_kv, 7), (heads_kv, 7))
+    )
     options = dict(scale=0.4, enable_gqa=True)
     if mask == "causal":
         options["is_causal"] = True

@@ -72,7 +72,7 @@ def test_infinite_scores(dtype, backend):
     assert not out[0, 0, 1:].isnan().any() and not out[0, 1:].isnan().any()
     others = [j for j in range(7) if j != 3]
     without = flash_ext.math(q[1:, 2:], k[1:, 1:, others], v[1:, 1:, others])
-    torch.testing.assert_close(out[1:, 2:], without)
+    torch.testing.assert_close(out[1:, 2:].double(), without.double(), atol=0.02, rtol=0.02)
 
 
 @dtypes
