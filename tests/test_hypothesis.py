@@ -6,6 +6,9 @@ from hypothesis import strategies as st
 
 from flash_ext.testing import DTYPES, Case, check
 
+# Plain torch is exact by luck in some of the smallest cases; errors of meaning are larger than this by far.
+LIMIT = 4.0
+
 few = st.integers(0, 3)
 some = st.one_of(st.integers(1, 8), st.integers(1, 70))
 dims = st.one_of(st.integers(1, 20), st.sampled_from([24, 31, 32, 33, 64, 72, 128, 129]))
@@ -57,7 +60,7 @@ def build(heads, **kwargs):
 )
 def test_dense(case, dtype, seed):
     assume(case.strides != "expanded" or case.batch)
-    check(case, dtype, seed=seed)
+    check(case, dtype, seed=seed, limit=LIMIT)
 
 
 @given(
@@ -74,7 +77,7 @@ def test_dense(case, dtype, seed):
     seed=st.integers(0, 2**20),
 )
 def test_packed(case, dtype, seed):
-    check(case, dtype, seed=seed)
+    check(case, dtype, seed=seed, limit=LIMIT)
 
 
 @given(
@@ -91,4 +94,4 @@ def test_decoding(heads, seq_q, seq_kv, head_dim, window, is_causal, sinks, dtyp
     case = build(
         heads, batch=2, seq_q=seq_q, seq_kv=seq_kv, head_dim=head_dim, window=window, is_causal=is_causal, sinks=sinks
     )
-    check(case, dtype, grads=False)
+    check(case, dtype, grads=False, limit=LIMIT)
