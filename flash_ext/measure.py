@@ -155,6 +155,14 @@ def usable_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def busy():
+    """A warning where other programs keep the machine busy; else None."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
+    if load > usable_cores() / 4:
+        return f"the machine is busy (load {load:.1f}): times will be too long, and ratios are rough"
+    return None
+
+
 def table(header, rows, markdown=False):
     """Lines of text: the first column to the left, the others to the right. A row None is a gap."""
     cells = [[str(cell) for cell in row] for row in [header, *filter(None, rows)]]
