@@ -155,11 +155,24 @@ def usable_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def busy():
-    """A warning where other programs keep the machine busy; else None."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
-    if load > usable_cores() / 4:
-        return f"the machine is busy (load {load:.1f}): times will be too long, and ratios are rough"
+def busy(seconds=0.4):
+    """A warning where other programs use the processor, found by watching it while we do nothing; else None."""
+
+    def ticks():
+        with open("/proc/stat") as file:
+            times = [int(word) for word in file.readline().split()[1:]]
+        return sum(times[:8]), times[3] + times[4]  # all, idle
+
+    try:
+        total, idle = ticks()
+        time.sleep(seconds)
+        total, idle = (now - before for now, before in zip(ticks(), (total, idle), strict=True))
+    except (OSError, ValueError, IndexError):
+        return None
+    if total and idle < 0.8 * total:
+        return (
+            f"other programs use {1 - idle / total:.0%} of this machine: times will be too long, and ratios are rough"
+        )
     return None
 
 

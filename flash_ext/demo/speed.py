@@ -49,7 +49,9 @@ def show(encoder, texts, options):
     encoder_keys = [(dtype, length) for dtype in DTYPES for length in ENCODER_LENGTHS]
     steps = sum(options.rounds + len(names_that_fit(length)) for _, length in keys) + len(encoder_keys) * options.rounds
     seconds, memory, encoder_seconds = {}, {}, {}
-    print("\n" + (busy() or ""))
+    print()
+    if warning := busy():
+        print(warning)
     shown = sys.stderr.isatty()  # else a line of a log now and then
     with tqdm(total=steps, desc="measuring", leave=not shown, mininterval=0.1 if shown else 15) as progress:
         for dtype, length in keys:
