@@ -6,7 +6,6 @@ Timing and memory are in flash_ext/measure.py, the cases in flash_ext/testing.py
 import argparse
 import datetime
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 import flash_ext
 from flash_ext.backends import native
-from flash_ext.measure import cpu_name, seconds_per_call, usable_cores
+from flash_ext.measure import busy, cpu_name, seconds_per_call
 from flash_ext.testing import BENCH_CASES
 
 CASES = {case.id: case for case in BENCH_CASES}
@@ -197,11 +196,7 @@ def title(facts):
 
 
 def announce(facts):
-    print(title(facts))
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
-    if load > usable_cores() / 4:
-        print(f"the machine is busy (load {load:.1f}): times will be too long, and ratios are rough")
-    print(flush=True)
+    print(*filter(None, (title(facts), busy())), sep="\n", end="\n\n", flush=True)
 
 
 def save(name, facts, results):

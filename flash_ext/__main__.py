@@ -52,7 +52,7 @@ def parser():
         help="sequence lengths to measure attention at",
     )
     command.add_argument(
-        "--rounds", type=positive, default=3, metavar="N", help="measurements of each, of which the median is taken"
+        "--rounds", type=positive, default=5, metavar="N", help="measurements of each, of which the median is taken"
     )
     command.add_argument(
         "--output", default="demo-results/flash_ext_demo.png", metavar="PNG", help="where the plot goes"

@@ -155,6 +155,27 @@ def usable_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def busy(seconds=0.4):
+    """A warning where other programs use the processor, found by watching it while we do nothing; else None."""
+
+    def ticks():
+        with open("/proc/stat") as file:
+            times = [int(word) for word in file.readline().split()[1:]]
+        return sum(times[:8]), times[3] + times[4]  # all, idle
+
+    try:
+        total, idle = ticks()
+        time.sleep(seconds)
+        total, idle = (now - before for now, before in zip(ticks(), (total, idle), strict=True))
+    except (OSError, ValueError, IndexError):
+        return None
+    if total and idle < 0.8 * total:
+        return (
+            f"other programs use {1 - idle / total:.0%} of this machine: times will be too long, and ratios are rough"
+        )
+    return None
+
+
 def table(header, rows, markdown=False):
     """Lines of text: the first column to the left, the others to the right. A row None is a gap."""
     cells = [[str(cell) for cell in row] for row in [header, *filter(None, rows)]]

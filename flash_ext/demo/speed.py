@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from ..attn import attn
-from ..measure import available_memory, interleaved, megabytes, milliseconds, peak_memory, table
+from ..measure import available_memory, busy, interleaved, megabytes, milliseconds, peak_memory, table
 
 DTYPES = (torch.float32, torch.bfloat16)
 HEADS, HEAD_DIM = 12, 64  # those of BERT-base and GPT-2
@@ -50,6 +50,8 @@ def show(encoder, texts, options):
     steps = sum(options.rounds + len(names_that_fit(length)) for _, length in keys) + len(encoder_keys) * options.rounds
     seconds, memory, encoder_seconds = {}, {}, {}
     print()
+    if warning := busy():
+        print(warning)
     shown = sys.stderr.isatty()  # else a line of a log now and then
     with tqdm(total=steps, desc="measuring", leave=not shown, mininterval=0.1 if shown else 15) as progress:
         for dtype, length in keys:
@@ -58,7 +60,7 @@ def show(encoder, texts, options):
             calls = {name: partial(ATTENTION[name], *tensors) for name in names}
             with torch.inference_mode():
                 seconds[dtype, length] = interleaved(
-                    calls, options.rounds, max_seconds=MAX_SECONDS, on_round=progress.update
+                    calls, options.rounds, min_seconds=0.05, max_seconds=MAX_SECONDS, on_round=progress.update
                 )
             memory[dtype, length] = {}
             for name in names:
@@ -68,7 +70,7 @@ def show(encoder, texts, options):
             batch = long_batch(encoder, texts, length)
             calls = {name: partial(embed_with, encoder, name, dtype, batch) for name in encoder.attention}
             encoder_seconds[dtype, length] = interleaved(
-                calls, options.rounds, max_seconds=MAX_SECONDS, on_round=progress.update
+                calls, options.rounds, min_seconds=0.05, max_seconds=MAX_SECONDS, on_round=progress.update
             )
     encoder.use("flash_ext")
 
