@@ -125,7 +125,7 @@ class BwdTile {
   template <bool kGeneral>
   static void finish_lanes(S* p_row, S* ds_row, int begin, int end, int from, int to, S scale,
                            S lse, S delta, const S* keep, const S* slope) {
-    const ExpOf<Math, kGeneral> exp_of(scale, lse);
+    const ExpOf<S, kGeneral> exp_of(scale, lse);
     const V minus = V::all(delta);
     for (int j = from; j < to; j += V::kLanes) {
       const V p = exp_of(V::load(p_row + j));

@@ -89,8 +89,6 @@ void fwd_rows(const AttnParams& p, const FwdTask& t, const FwdParts& parts, Scra
   using S = typename Math::Acc;
   using Word = typename Math::Word;
   using V = Vec<S>;
-  using SoftmaxMath =
-      std::conditional_t<Math::kCoarseExp, WidenedMath, PlainMath<S>>;  // probs stay wide
   constexpr int kKeys = 512, kStride = kKeys + V::kLanes;
   const int head_dim = int(p.head_dim), head_dim_v = int(p.head_dim_v),
             rows = int(t.row_end - t.row_begin);
@@ -132,10 +130,10 @@ void fwd_rows(const AttnParams& p, const FwdTask& t, const FwdParts& parts, Scra
       S rescale;
       if (scores.general()) {
         scores.apply(row[i], kv0, begin, end, s_row);
-        rescale = softmax_step<SoftmaxMath, true>(state[i], s_row, begin, end, S(1), keep, s_row, 0,
+        rescale = softmax_step<PlainMath<S>, true>(state[i], s_row, begin, end, S(1), keep, s_row, 0,
                                                   int(round_up(keys, V::kLanes)));
       } else {
-        rescale = softmax_step<SoftmaxMath, false>(state[i], s_row, begin, end, S(p.scale), keep,
+        rescale = softmax_step<PlainMath<S>, false>(state[i], s_row, begin, end, S(p.scale), keep,
                                                    s_row, 0, int(round_up(keys, V::kLanes)));
       }
       if (rescale != 1)

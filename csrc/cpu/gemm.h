@@ -8,13 +8,12 @@
 
 namespace flash_ext::cpu::FX_ISA {
 
-// Products of float with float and double with double.
+// Products of float with float and double with double; 16-bit inputs are widened when they are packed.
 template <typename S>
 struct PlainMath {
   using Acc = S;
   using Word = S;
   static constexpr int kWordElements = 1;
-  static constexpr bool kCoarseExp = false;
 
   using Words = Vec<S>;
   static Words load(const Word* p) { return Vec<S>::load(p); }
@@ -22,11 +21,6 @@ struct PlainMath {
   static Vec<S> broadcast(Word x) { return Vec<S>::all(x); }
   static Vec<S> mac(Vec<S> acc, Vec<S> a, Vec<S> b) { return fma(a, b, acc); }
   static void store_operand(Word* to, const Vec<S> (&x)[1]) { x[0].store(to); }
-};
-
-// As PlainMath<float>, for inputs of 16 bits.
-struct WidenedMath : PlainMath<float> {
-  static constexpr bool kCoarseExp = true;
 };
 
 template <typename Math>

@@ -162,7 +162,7 @@ inline S softmax_step(SoftmaxState<S>& state, const S* s, int begin, int end, S 
   const S rescale = state.top == new_top ? S(1) : std::exp(state.top - new_top);
 
   V sum = V::zero();
-  const ExpOf<Math, kGeneral> exp_of(scale, new_top);
+  const ExpOf<S, kGeneral> exp_of(scale, new_top);
   const int from = begin / kStep * kStep, to = (end + kStep - 1) / kStep * kStep;
   zero_fill(out_begin, std::min(from, out_end));
   for (int at = from; at < to; at += kStep) {

@@ -13,8 +13,8 @@ inline constexpr Kernels kKernels = {fwd<T, Math>, fwd_few_rows<T, Math>, fwd_co
 inline const Kernels& plain_kernels(DType dtype) {
   switch (dtype) {
     case DType::f64: return kKernels<double, PlainMath<double>>;
-    case DType::f16: return kKernels<half_t, WidenedMath>;
-    case DType::bf16: return kKernels<bf16_t, WidenedMath>;
+    case DType::f16: return kKernels<half_t, PlainMath<float>>;
+    case DType::bf16: return kKernels<bf16_t, PlainMath<float>>;
     default: return kKernels<float, PlainMath<float>>;
   }
 }

@@ -8,7 +8,6 @@ struct Bf16DotMath {
   using Acc = float;
   using Word = uint32_t;
   static constexpr int kWordElements = 2;
-  static constexpr bool kCoarseExp = true;
 
   using Words = __m512bh;
   static Words load(const Word* p) { return (__m512bh)_mm512_loadu_si512(p); }
