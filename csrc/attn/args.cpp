@@ -367,7 +367,7 @@ BwdCall prepare_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse, cons
   p.dk = writable(call.dk);
   p.dv = writable(call.dv);
 
-  call.dmask = empty(q, {0}, p.dtype);
+  call.dmask = empty(q, {0}, acc);
   call.dsinks = empty(q, {0}, acc);
   if (need_mask_grad) {
     FX_CHECK(options.attn_mask && dtype_of(*options.attn_mask, "attn_mask") != DType::b8,
