@@ -110,10 +110,13 @@ def check_options(
             fail("sinks", f"[{heads_q}]", shape_of(sinks))
         check_same_device("sinks", sinks, q)
         check_dtype("sinks", sinks, acc)
-    if (rng_state is not None) != (dropout_p > 0):
-        fail("rng_state", "exactly when dropout_p is above 0", f"{rng_state} with dropout_p {dropout_p}")
-    if rng_state is not None:
+    if rng_state is None:
+        if dropout_p > 0:
+            fail("rng_state", "a tensor with dropout_p above 0", None)
+    else:
         check_tensor("rng_state", rng_state)
+        if not dropout_p > 0:
+            fail("rng_state", "none without dropout_p above 0", "one")
         if rng_state.dtype != torch.int64 or shape_of(rng_state) != [2]:
             fail("rng_state", "int64 [2]", f"{name_of(rng_state.dtype)} {shape_of(rng_state)}")
         check_same_device("rng_state", rng_state, q)
