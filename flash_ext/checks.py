@@ -50,9 +50,9 @@ def check_same_device(name, tensor, q):
 
 
 def check_qkv(q, k, v, rank, shape):
-    """What holds for dense and packed inputs. shape: how the message shows one, around its heads and seq."""
+    """What holds for dense and packed inputs. shape: as the message shows it."""
     for name, tensor, side in (("q", q, "q"), ("k", k, "kv"), ("v", v, "kv")):
-        check_rank(name, tensor, rank, shape.format(side))
+        check_rank(name, tensor, rank, shape.format(side, side[0]))
     check_floating("q", q)
     for name, tensor in (("k", k), ("v", v)):
         check_same_device(name, tensor, q)
@@ -144,7 +144,7 @@ def check_varlen(
     dropout_p, attn_mask, alibi_slopes, sinks, rng_state,
 ):  # fmt: skip
     """Raises unless these are arguments of attn_varlen_fwd; what the cu_seqlens hold is for check_cu_seqlens."""
-    check_qkv(q, k, v, 3, "[total_{0}, heads_{0}, head_dim]")
+    check_qkv(q, k, v, 3, "[total_{1}, heads_{0}, head_dim]")
     if v.shape[0] != k.shape[0]:
         fail("v", f"total_k {k.shape[0]} as in k", v.shape[0])
     for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
