@@ -84,7 +84,7 @@ def fake_gradients(grad_out, grad_lse, q, k, v, out, lse, out_shape, lse_shape, 
         check_dtype(name, tensor, dtype)
     if need_mask_grad and (attn_mask is None or attn_mask.dtype == torch.bool):
         fail("need_mask_grad", "False without a floating-point attn_mask", need_mask_grad)
-    dmask = attn_mask.new_empty(attn_mask.shape) if need_mask_grad else q.new_empty(0)
+    dmask = attn_mask.new_empty(attn_mask.shape) if need_mask_grad else q.new_empty(0, dtype=acc)
     dsinks = q.new_empty(0 if sinks is None else q.shape[1], dtype=acc)
     return gradient_like(q), gradient_like(k), gradient_like(v), dmask, dsinks
 
