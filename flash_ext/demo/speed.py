@@ -1,5 +1,6 @@
 """Speed and memory of eager attention, SDPA and flash_ext, alone and inside the encoder."""
 
+import contextlib
 import math
 from functools import partial
 from pathlib import Path
@@ -61,7 +62,8 @@ def show(encoder, texts, options):
                 )
             memory[dtype, length] = {}
             for name in names:
-                memory[dtype, length][name] = peak_memory(prepare, name, dtype, length)
+                with contextlib.suppress(RuntimeError):  # killed, most likely for want of memory
+                    memory[dtype, length][name] = peak_memory(prepare, name, dtype, length)
                 bar.update()
         for dtype, length in encoder_keys:
             batch = long_batch(encoder, texts, length)
@@ -139,7 +141,7 @@ def plot(seconds, memory, encoder_seconds, path):
             style = {"color": colour, "marker": "o", "markersize": 4, "label": name}
             lengths = [n for (d, n), times in seconds.items() if d == dtype and name in times]
             time_axis.plot(lengths, [seconds[dtype, n][name] * 1e3 for n in lengths], **style)
-            with_memory = [n for n in lengths if memory[dtype, n][name]]
+            with_memory = [n for n in lengths if memory[dtype, n].get(name)]
             memory_axis.plot(with_memory, [memory[dtype, n][name] / 2**20 for n in with_memory], **style)
             lengths = [n for d, n in encoder_seconds if d == dtype]
             rates = [ENCODER_BATCH * n / encoder_seconds[dtype, n][name] / 1e3 for n in lengths]
