@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 import flash_ext
 from flash_ext.backends import native
@@ -134,7 +133,7 @@ def fastest(names, case, dtype, device="cpu", backward=False):
     return {name: calls[name] for name in calls if times[name] <= limit}
 
 
-# ---- command line, progress
+# ---- command line
 
 
 def arguments(description):
@@ -154,11 +153,6 @@ def apply(options):
         torch.set_num_threads(options.threads)
     if options.isa:
         native.set_cpu_isa(options.isa)
-
-
-def progress(total, title):
-    shown = sys.stderr.isatty()  # else a line of a log now and then
-    return tqdm(total=total, desc=title, leave=not shown, mininterval=0.1 if shown else 30)
 
 
 # ---- results

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import common
 
 from flash_ext.backends import native
-from flash_ext.measure import interleaved, milliseconds, table
+from flash_ext.measure import interleaved, milliseconds, progress, table
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def main():
     facts = common.machine()
     common.announce(facts)
     results = []
-    with common.progress(len(rows) * len(options.dtypes) * options.rounds, "measuring") as bar:
+    with progress(len(rows) * len(options.dtypes) * options.rounds, "measuring") as bar:
         for dtype in options.dtypes:
             for row in rows:
                 bar.set_postfix_str(f"{dtype} {row.id}", refresh=False)

@@ -9,7 +9,7 @@ from functools import partial
 import common
 import torch
 
-from flash_ext.measure import available_memory, megabytes, peak_memory, table
+from flash_ext.measure import available_memory, megabytes, peak_memory, progress, table
 from flash_ext.testing import Case
 
 LONG = Case("", 1, 32, 32, 4096, 4096, 128, is_causal=True)
@@ -64,7 +64,7 @@ def main():
     peers = PEERS[:2] if options.quick else PEERS
     keys = [(d, name, case, name in TRAINING) for d in options.dtypes for name, case in (CASES | TRAINING).items()]
     results = []
-    with common.progress(len(keys) * len(peers), "measuring") as bar:
+    with progress(len(keys) * len(peers), "measuring") as bar:
         for dtype_name, name, case, training in keys:
             dtype = common.DTYPES[dtype_name]
             result = {"dtype": dtype_name, "case": name, "result": result_bytes(case, dtype, training)}

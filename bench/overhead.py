@@ -12,7 +12,7 @@ from functools import partial
 import common
 import torch
 
-from flash_ext.measure import interleaved, table
+from flash_ext.measure import interleaved, progress, table
 
 SHAPE = (1, 2, 4, 16)  # batch, heads, tokens, head_dim
 TARGETS = {"no grad": 10, "grad": 30}  # microseconds
@@ -40,7 +40,7 @@ def call_rows(options):
     case = common.CASES["1k"]  # any that needs no mask
     peers = {name: modes(common.PEERS[name](case, "cpu")) for name in ("flash_ext", "SDPA")}
     rows = []
-    with common.progress(len(peers["SDPA"]) * options.rounds, "measuring") as bar:
+    with progress(len(peers["SDPA"]) * options.rounds, "measuring") as bar:
         for mode in peers["SDPA"]:
             calls = {name: functions[mode] for name, functions in peers.items()}
             with torch.no_grad() if mode == "no grad" else contextlib.nullcontext():

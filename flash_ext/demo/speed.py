@@ -1,15 +1,14 @@
 """Speed and memory of eager attention, SDPA and flash_ext, alone and inside the encoder."""
 
+import contextlib
 import math
-import sys
 from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..attn import attn
-from ..measure import available_memory, busy, interleaved, megabytes, milliseconds, peak_memory, table
+from ..measure import available_memory, busy, interleaved, megabytes, milliseconds, peak_memory, progress, table
 
 DTYPES = (torch.float32, torch.bfloat16)
 HEADS, HEAD_DIM = 12, 64  # those of BERT-base and GPT-2
@@ -52,25 +51,25 @@ def show(encoder, texts, options):
     print()
     if warning := busy():
         print(warning)
-    shown = sys.stderr.isatty()  # else a line of a log now and then
-    with tqdm(total=steps, desc="measuring", leave=not shown, mininterval=0.1 if shown else 15) as progress:
+    with progress(steps, "measuring") as bar:
         for dtype, length in keys:
             names = names_that_fit(length)
             tensors = inputs(dtype, length)
             calls = {name: partial(ATTENTION[name], *tensors) for name in names}
             with torch.inference_mode():
                 seconds[dtype, length] = interleaved(
-                    calls, options.rounds, min_seconds=0.05, max_seconds=MAX_SECONDS, on_round=progress.update
+                    calls, options.rounds, min_seconds=0.05, max_seconds=MAX_SECONDS, on_round=bar.update
                 )
             memory[dtype, length] = {}
             for name in names:
-                memory[dtype, length][name] = peak_memory(prepare, name, dtype, length)
-                progress.update()
+                with contextlib.suppress(RuntimeError):  # killed, most likely for want of memory
+                    memory[dtype, length][name] = peak_memory(prepare, name, dtype, length)
+                bar.update()
         for dtype, length in encoder_keys:
             batch = long_batch(encoder, texts, length)
             calls = {name: partial(embed_with, encoder, name, dtype, batch) for name in encoder.attention}
             encoder_seconds[dtype, length] = interleaved(
-                calls, options.rounds, min_seconds=0.05, max_seconds=MAX_SECONDS, on_round=progress.update
+                calls, options.rounds, min_seconds=0.05, max_seconds=MAX_SECONDS, on_round=bar.update
             )
     encoder.use("flash_ext")
 
@@ -142,7 +141,7 @@ def plot(seconds, memory, encoder_seconds, path):
             style = {"color": colour, "marker": "o", "markersize": 4, "label": name}
             lengths = [n for (d, n), times in seconds.items() if d == dtype and name in times]
             time_axis.plot(lengths, [seconds[dtype, n][name] * 1e3 for n in lengths], **style)
-            with_memory = [n for n in lengths if memory[dtype, n][name]]
+            with_memory = [n for n in lengths if memory[dtype, n].get(name)]
             memory_axis.plot(with_memory, [memory[dtype, n][name] / 2**20 for n in with_memory], **style)
             lengths = [n for d, n in encoder_seconds if d == dtype]
             rates = [ENCODER_BATCH * n / encoder_seconds[dtype, n][name] / 1e3 for n in lengths]
