@@ -23,7 +23,7 @@ test: $(VENV)/.with-test
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/.with-bench
-	$(BIN)/python bench/bench.py $(ARGS)
+	$(BIN)/python bench/cpu.py $(ARGS)
 
 lint: $(VENV)/.with-dev
 	$(BIN)/ruff check .
