@@ -1,8 +1,10 @@
 """Which backend runs a call, and why."""
 
 import importlib
+from functools import cache
 
 import torch
+from torch.autograd import forward_ad
 
 from ._version import __version__
 
@@ -20,6 +22,9 @@ BACKENDS = {
     "math": "plain torch operations, the definition: any device and dtype, materialises the scores",
 }  # fastest first
 CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+GPU_DTYPES = frozenset((torch.bfloat16, torch.float16))
+GPU_HEAD_DIM = 256
+GPU_KERNELS = native is not None and native.build_info()["device"] in ("cuda", "rocm")
 
 # Set by use_backend. Process-wide, so that torch.compile guards on it and autograd's threads agree.
 forced = None
@@ -63,7 +68,7 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(query, key, value, *args, alibi_slopes=None, backend=None, **options):
+def explain(query, key, value, *args, attn_mask=None, alibi_slopes=None, sinks=None, backend=None, **options):
     """Says which backend `attn` (or `attn_varlen`) would run, and in a sentence each why not the others.
 
     Takes the arguments of either. Returns an object to print, with `.backend` (a name, or None where the wanted backend
@@ -73,8 +78,9 @@ def explain(query, key, value, *args, alibi_slopes=None, backend=None, **options
     if wanted is not None:
         check_name(wanted)
     reasons, chosen = {}, None
+    learns = needs_gradient(query, key, value, *args, attn_mask, sinks)
     for name in BACKENDS:
-        reason = obstacle(name, query, alibi_slopes)
+        reason = obstacle(name, query, value, alibi_slopes, learns)
         if reason is None and wanted not in (None, name):
             reason = f"{wanted!r} is asked for"
         elif reason is None and chosen is not None:
@@ -87,34 +93,74 @@ def explain(query, key, value, *args, alibi_slopes=None, backend=None, **options
     return Explanation(chosen, reasons, f"{shapes}, {str(query.dtype).removeprefix('torch.')} on {query.device}")
 
 
-def select(query, alibi_slopes, backend):
+def select(query, key, value, attn_mask, alibi_slopes, sinks, backend):
     """The name of the backend to run: the wanted one, else the fastest that can."""
     wanted = backend or forced
+    learns = needs_gradient(query, key, value, attn_mask, sinks)
     if wanted is None:
-        return next(name for name in BACKENDS if obstacle(name, query, alibi_slopes) is None)
+        return next(name for name in BACKENDS if obstacle(name, query, value, alibi_slopes, learns) is None)
     check_name(wanted)
-    reason = obstacle(wanted, query, alibi_slopes)
+    reason = obstacle(wanted, query, value, alibi_slopes, learns)
     if reason is not None:
         raise RuntimeError(f"backend: {wanted!r} cannot run this call: {reason}")
     return wanted
 
 
-def obstacle(name, query, alibi_slopes):
-    """Why this backend cannot run the call; None if it can."""
+def obstacle(name, query, value, alibi_slopes, learns):
+    """Why this backend cannot run the call, of which `learns` says that it needs gradients; None if it can."""
     device = query.device.type
     if name == "math":
         return None
-    if name != "cpu":
-        return f"it needs a GPU, the tensors are on {device}" if device != "cuda" else "it is not in this version"
+    if name == "cpu":
+        return cpu_obstacle(device, query.dtype, alibi_slopes)
+    if device != "cuda":
+        return f"it needs a GPU, the tensors are on {device}"
+    return "it is not in this version" if name == "sm90" else gpu_obstacle(query, value, alibi_slopes, learns)
+
+
+def cpu_obstacle(device, dtype, alibi_slopes):
     if device != "cpu":
         return f"the tensors are on {device}"
     if native is None:
         return f"the extension flash_ext._C did not load ({native_error})"
-    if query.dtype not in CPU_DTYPES:
-        return f"it has no {str(query.dtype).removeprefix('torch.')}"
+    if dtype not in CPU_DTYPES:
+        return f"it has no {str(dtype).removeprefix('torch.')}"
     if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
         return "alibi_slopes requires a gradient, which only 'math' computes"
     return None
+
+
+def gpu_obstacle(query, value, alibi_slopes, learns):
+    if native is None:
+        return f"the extension flash_ext._C did not load ({native_error})"
+    if not GPU_KERNELS:
+        return "the extension was built without GPU kernels (FLASH_EXT_DEVICE=cuda builds them)"
+    dtype = query.dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+    if dtype not in GPU_DTYPES:
+        return f"it has float16 and bfloat16, not yet {str(dtype).removeprefix('torch.')}"
+    head_dim = max(query.shape[-1], value.shape[-1])
+    if head_dim > GPU_HEAD_DIM:
+        return f"it has head_dim up to {GPU_HEAD_DIM}, not {head_dim}"
+    if learns or (alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled()):
+        return "a gradient is needed, and it has no backward yet"
+    return device_obstacle(query.device.index)
+
+
+@cache
+def device_obstacle(index):
+    if torch.version.hip:
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if major >= 8 else f"it needs sm_80 or newer, this GPU is sm_{major}{minor}"
+
+
+def needs_gradient(*args):
+    """Whether autograd, in any of its forms, follows the call."""
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
 
 
 def check_name(name):

@@ -81,6 +81,13 @@ def _cases():
         Case("head-dim-192", head_dim=192, head_dim_v=128),
         causal("head-dim-256", head_dim=256),
         Case("head-dim-300", head_dim=300, head_dim_v=520, seq_q=9, seq_kv=20),
+        # Several tiles of every size that the GPU kernels are compiled for.
+        *(Case(f"tiles-{dim}", batch=1, seq_q=150, seq_kv=270, head_dim=dim) for dim in (32, 64, 80, 96, 160, 256)),
+        *(causal(f"tiles-{dim}-causal", batch=1, seq_q=270, seq_kv=330, head_dim=dim) for dim in (48, 64, 128, 192)),
+        Case("tiles-window", batch=1, seq_q=400, seq_kv=400, head_dim=64, window=(70, 9), sinks=True),
+        causal("tiles-gqa", batch=1, heads_q=8, heads_kv=1, seq_q=40, seq_kv=300, head_dim=64, sinks=True),
+        Case("tiles-general", batch=1, seq_q=150, seq_kv=270, head_dim=64, mask="bool:11qk", alibi="h", softcap=5.0),
+        Case("tiles-strides", batch=1, seq_q=150, seq_kv=270, head_dim=72, head_dim_v=56),
         # Decoding: few queries over many keys, split over the keys.
         Case("decode", **one_row, seq_kv=300, head_dim=64),
         causal("decode-causal", **one_row, seq_kv=2500, head_dim=32),
@@ -272,7 +279,7 @@ def poisoned(tensor, gaps=None):
     gaps = gaps or [0] * tensor.dim()
     shape = [size + gap for size, gap in zip(tensor.shape, gaps, strict=True)]
     poison = torch.nan if tensor.is_floating_point() else True
-    front = 5
+    front = 5 if any(gaps) else 8  # 8: rows may be aligned to 16 bytes, as torch's own are
     storage = torch.full((std_math.prod(shape) + 2 * 64,), poison, dtype=tensor.dtype, device=tensor.device)
     view = storage[front : front + std_math.prod(shape)].view(shape)
     for d, size in enumerate(tensor.shape):

@@ -27,6 +27,16 @@ def device(request):
     return request.param
 
 
+@pytest.fixture(params=["cpu", "math", "gpu"] if torch.cuda.is_available() else ["cpu", "math"])
+def forward_backend(request):
+    """A backend with a forward. New tensors are made on its device; a test of a dtype it has not is left out."""
+    dtype = request.node.callspec.params.get("dtype")
+    if request.param == "gpu" and dtype in (torch.float32, torch.float64):
+        pytest.skip("the gpu backend has no such dtype yet")
+    with torch.device("cuda" if request.param == "gpu" else "cpu"):
+        yield request.param
+
+
 @pytest.fixture
 def threads():
     """Sets torch's number of threads, and puts back what it was."""

@@ -44,6 +44,11 @@ def build(heads, **kwargs):
     return Case("random", **heads, **kwargs)
 
 
+def check_on_gpu(case, dtype, seed=0):
+    if torch.cuda.is_available() and dtype in (torch.float16, torch.bfloat16):
+        check(case, dtype, "cuda", "gpu", grads=False, seed=seed, limit=LIMIT)
+
+
 @given(
     case=st.builds(
         build,
@@ -61,6 +66,7 @@ def build(heads, **kwargs):
 def test_dense(case, dtype, seed):
     assume(case.strides != "expanded" or case.batch)
     check(case, dtype, seed=seed, limit=LIMIT)
+    check_on_gpu(case, dtype, seed)
 
 
 @given(
@@ -78,6 +84,7 @@ def test_dense(case, dtype, seed):
 )
 def test_packed(case, dtype, seed):
     check(case, dtype, seed=seed, limit=LIMIT)
+    check_on_gpu(case, dtype, seed)
 
 
 @given(
@@ -95,3 +102,4 @@ def test_decoding(heads, seq_q, seq_kv, head_dim, window, is_causal, sinks, dtyp
         heads, batch=2, seq_q=seq_q, seq_kv=seq_kv, head_dim=head_dim, window=window, is_causal=is_causal, sinks=sinks
     )
     check(case, dtype, grads=False, limit=LIMIT)
+    check_on_gpu(case, dtype)

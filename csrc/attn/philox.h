@@ -1,5 +1,6 @@
 // Philox4x32-10, the counter-based generator of Salmon et al., "Parallel random numbers: as easy
 // as 1, 2, 3" (SC 2011), and the dropout mask made from it (docs/design.md, section 7).
+// All of it is constexpr, so that GPU code can call it too.
 #pragma once
 #include <cstdint>
 
@@ -9,7 +10,7 @@ struct Philox4 {
   uint32_t word[4];
 };
 
-inline Philox4 philox4x32_10(Philox4 counter, uint32_t key0, uint32_t key1) {
+constexpr Philox4 philox4x32_10(Philox4 counter, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
     const uint64_t product0 = uint64_t{0xD2511F53u} * counter.word[0];
     const uint64_t product1 = uint64_t{0xCD9E8D57u} * counter.word[2];
@@ -23,7 +24,7 @@ inline Philox4 philox4x32_10(Philox4 counter, uint32_t key0, uint32_t key1) {
 
 // The random 16 bits of eight neighbouring keys, 8·group to 8·group + 7: key j reads half j & 1
 // (low first) of word (j & 7) / 2.
-inline Philox4 dropout_bits(uint64_t seed, uint64_t offset, uint32_t batch_head, uint32_t query,
+constexpr Philox4 dropout_bits(uint64_t seed, uint64_t offset, uint32_t batch_head, uint32_t query,
                             uint32_t group) {
   return philox4x32_10({{group, query, batch_head, uint32_t(offset)}}, uint32_t(seed),
                        uint32_t(seed >> 32));

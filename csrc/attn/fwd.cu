@@ -1,0 +1,141 @@
+#include "../vendor.h"
+
+#include <algorithm>
+#include <iterator>
+
+#include "../gpu_check.h"
+#include "../tile/platform.h"
+#include "fwd.h"
+
+namespace flash_ext {
+namespace {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  FX_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+bool in_chunks(const TensorView& t, int64_t head_dim) {
+  return (reinterpret_cast<uintptr_t>(t.data) % 16 |
+          (t.batch_stride | t.head_stride | t.seq_stride | head_dim) % 8) == 0;
+}
+
+// Rows that cannot be read or written 16 bytes at a time, and options that change scores.
+bool needs_general(const AttnParams& p) {
+  const bool chunks = in_chunks(p.q, 8) && in_chunks(p.k, 8) && in_chunks(p.v, 8) &&
+                      in_chunks(p.o, p.head_dim_v);
+  return !chunks || p.mask.data || p.softcap > 0 || p.alibi_slopes || p.dropout_threshold;
+}
+
+// Dividing the keys fills the device, and costs a merge. Time is counted in blocks of keys.
+int choose_splits(int64_t tiles, int64_t slots, int64_t blocks_kv) {
+  constexpr int kMostSplits = 128;
+  constexpr double kStart = 1.5, kMerge = 3.0, kMergeEach = 0.05;
+  if (tiles >= slots) return 1;
+  int best = 1;
+  double best_time = 0;
+  for (int splits = 1; splits <= std::min<int64_t>(kMostSplits, blocks_kv); ++splits) {
+    const double rounds = ceil_div(tiles * splits, slots);
+    const double merge = splits > 1 ? kMerge + kMergeEach * splits : 0;
+    const double time = rounds * (ceil_div(blocks_kv, splits) + kStart) + merge;
+    if (splits == 1 || time < best_time) best = splits, best_time = time;
+  }
+  return best;
+}
+
+template <DType kDType>
+FwdLauncher find_fwd_of(FwdVariant v) {
+  switch (v.head_dim) {
+    case 32: return find_fwd<kDType, 32>(v);
+    case 64: return find_fwd<kDType, 64>(v);
+    case 96: return find_fwd<kDType, 96>(v);
+    case 128: return find_fwd<kDType, 128>(v);
+    case 192: return find_fwd<kDType, 192>(v);
+    default: return find_fwd<kDType, 256>(v);
+  }
+}
+
+}  // namespace
+
+GpuFacts gpu_facts(int device) {
+  return {attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrWarpSize, device),
+          attribute(kAmd ? cudaDevAttrMaxSharedMemoryPerBlock
+                         : cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                    device),
+          attribute(cudaDevAttrL2CacheSize, device)};
+}
+
+FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
+  const int64_t group = p.heads_q / std::max<int64_t>(p.heads_kv, 1);
+  const int64_t wide = std::max(p.head_dim, p.head_dim_v);
+  const int* head_dim = std::lower_bound(std::begin(kFwdHeadDims), std::end(kFwdHeadDims), wide);
+  FX_CHECK(head_dim != std::end(kFwdHeadDims), "q: expected head_dim of at most 256, got ", wide);
+  FX_CHECK(p.dtype == DType::f16 || p.dtype == DType::bf16,
+           "q: expected float16 or bfloat16 on a GPU");
+  constexpr int64_t kMostRows = int64_t{1} << 29;
+  FX_CHECK(p.seq_q * group < kMostRows && p.seq_kv < kMostRows,
+           "q, k: expected sequences below 2^29 rows");
+
+  FwdPlan plan{{p.dtype, *head_dim, false, needs_general(p)}, {p}};
+  FwdArgs& args = plan.args;
+  const bool shares_kv = group > 1;
+  plan.variant.few_rows = p.seq_q * group <= fwd_tile({p.dtype, *head_dim, true, false}, kAmd).block_q;
+  FwdTile tile = fwd_tile(plan.variant, kAmd);
+  if (tile.smem_bytes(*head_dim) > gpu.smem_per_block) {
+    plan.variant.general = true;
+    tile = fwd_tile(plan.variant, kAmd);
+  }
+  const int64_t packed = ceil_div(p.seq_q * group, tile.block_q);
+  const int64_t apart = ceil_div(p.seq_q, tile.block_q);
+  args.pack = shares_kv && packed < apart * group ? static_cast<int>(group) : 1;
+  args.blocks_q = static_cast<int>(args.pack > 1 ? packed : apart);
+  args.heads = p.batch * p.heads_q / args.pack;
+  args.longest_last = p.window_right >= 0;
+
+  const int64_t kv_bytes = std::max<int64_t>(p.seq_kv * (p.head_dim + p.head_dim_v) * 2, 1);
+  const int64_t q_heads_of_kv = group / args.pack;
+  args.heads_at_once = static_cast<int>(std::clamp<int64_t>(
+      gpu.l2_bytes / 2 / kv_bytes * q_heads_of_kv, q_heads_of_kv, std::max<int64_t>(args.heads, 1)));
+
+  // A window leaves fewer keys to divide.
+  int64_t seen = p.seq_kv;
+  if (p.window_left >= 0 && p.window_right >= 0)
+    seen = std::min(seen, p.window_left + p.window_right + ceil_div(tile.block_q, args.pack));
+  const int64_t slots = int64_t{gpu.multiprocessors} * tile.blocks_per_sm;
+  args.splits = choose_splits(args.heads * args.blocks_q, slots, ceil_div(seen, tile.block_kv));
+  args.partial_rows = p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;
+  return plan;
+}
+
+int64_t FwdPlan::scratch_floats() const {
+  return args.splits == 1 ? 0 : args.splits * args.partial_rows * (args.params.head_dim_v + 1);
+}
+
+void FwdPlan::use_scratch(float* scratch) {
+  args.o_partial = scratch;
+  args.lse_partial = scratch + args.splits * args.partial_rows * args.params.head_dim_v;
+}
+
+void launch_fwd(const FwdPlan& plan, const GpuFacts& gpu, void* stream) {
+  if (plan.args.heads * plan.args.blocks_q == 0) return;
+  const FwdLauncher launch = plan.variant.dtype == DType::f16
+                                 ? find_fwd_of<DType::f16>(plan.variant)
+                                 : find_fwd_of<DType::bf16>(plan.variant);
+  launch(plan.args, gpu, stream);
+  if (plan.args.splits > 1) launch_combine(plan, gpu, stream);
+}
+
+CurrentDevice::CurrentDevice(int device) : previous(device) {
+  FX_CUDA_CHECK(cudaGetDevice(&previous));
+  if (previous != device) FX_CUDA_CHECK(cudaSetDevice(device));
+}
+
+CurrentDevice::~CurrentDevice() {
+  int now = previous;
+  if (cudaGetDevice(&now) == cudaSuccess && now != previous) (void)cudaSetDevice(previous);
+}
+
+}  // namespace flash_ext

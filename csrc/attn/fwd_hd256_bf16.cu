@@ -1,0 +1,7 @@
+#include "../vendor.h"
+
+#include "fwd_launch.h"
+
+namespace flash_ext {
+template FwdLauncher find_fwd<DType::bf16, 256>(FwdVariant);
+}

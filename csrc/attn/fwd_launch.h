@@ -1,0 +1,33 @@
+#pragma once
+#include "../gpu_check.h"
+#include "fwd.h"
+#include "fwd_kernel.h"
+
+namespace flash_ext {
+
+template <FwdVariant kVariant>
+void launch_fwd(const FwdArgs& args, const GpuFacts& gpu, void* stream) {
+  using Config = FwdConfig<kVariant>;
+  constexpr int kSmemBytes = Config::kTile.smem_bytes(kVariant.head_dim);
+  const auto kernel = attn_fwd_kernel<Config>;
+  if constexpr (kSmemBytes > 48 * 1024)
+    FX_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                       cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes));
+  const int64_t blocks = args.heads * args.blocks_q * args.splits;
+  FX_CHECK(blocks < int64_t{1} << 31, "q: too many rows for one call");
+  kernel<<<static_cast<unsigned>(blocks), Config::kTile.warps * gpu.warp_size, kSmemBytes,
+           static_cast<stream_t>(stream)>>>(args);
+  FX_CUDA_CHECK(cudaGetLastError());
+}
+
+// Compiles the variants of this dtype and head_dim, and finds one of them.
+template <DType kDType, int kHeadDim>
+FwdLauncher find_fwd(FwdVariant want) {
+  if (want.few_rows)
+    return want.general ? launch_fwd<FwdVariant{kDType, kHeadDim, true, true}>
+                        : launch_fwd<FwdVariant{kDType, kHeadDim, true, false}>;
+  return want.general ? launch_fwd<FwdVariant{kDType, kHeadDim, false, true}>
+                      : launch_fwd<FwdVariant{kDType, kHeadDim, false, false}>;
+}
+
+}  // namespace flash_ext

@@ -1,0 +1,48 @@
+// Every forward kernel that is compiled, and the size of its tiles: all tuning is in this table.
+#pragma once
+#include "params.h"
+
+namespace flash_ext {
+
+inline constexpr int kFwdHeadDims[] = {32, 64, 96, 128, 192, 256};  // others are filled up with zeros
+
+struct FwdVariant {
+  DType dtype;
+  int head_dim;   // one of kFwdHeadDims, not below that of q nor of v
+  bool few_rows;  // one tile holds all queries that share a KV head
+  // Knows mask tensors, softcap, ALiBi, dropout, and rows that cannot be read 16 bytes at a time.
+  // The others know what is left: causal, windows, sinks, packed sequences, any other strides.
+  bool general;
+  constexpr bool operator==(const FwdVariant&) const = default;
+};
+
+struct FwdTile {
+  int block_q, block_kv, warps;
+  int stages;         // 1: V is loaded during q k^T, the next K during p v; 2: a block ahead
+  int blocks_per_sm;  // that the registers must leave room for
+  bool q_in_regs;     // else q is read from shared memory again for each block of keys
+
+  constexpr int rows_per_warp() const { return block_q / warps; }
+  constexpr int smem_bytes(int head_dim) const {
+    return (block_q + 2 * stages * block_kv) * head_dim * 2;
+  }
+};
+
+// The tiles fit 64 KB of shared memory, but for the plain ones with many rows: above head_dim 128
+// those need 144 KB, and where there is less the general ones take their place.
+constexpr FwdTile fwd_tile(FwdVariant v, bool amd) {
+  const int block_kv = v.head_dim <= 128 ? 64 : 32;
+  if (amd) return {v.few_rows ? 16 : 64, block_kv, v.few_rows ? 1 : 4, 1, 1, v.head_dim <= 128};
+  if (v.few_rows) return {16, block_kv, 1, 2, 2, v.head_dim <= 128};
+  if (v.general) return {64, block_kv, 4, 1, 2, v.head_dim <= 128};
+  switch (v.head_dim) {
+    case 32:
+    case 64: return {128, 64, 4, 2, 3, false};
+    case 96:
+    case 128: return {128, 64, 4, 2, 2, false};
+    case 192: return {128, 64, 8, 2, 1, false};
+    default: return {128, 64, 8, 1, 1, false};
+  }
+}
+
+}  // namespace flash_ext

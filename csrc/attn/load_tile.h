@@ -1,0 +1,65 @@
+// From tensors of any strides to tiles in shared memory, and back.
+#pragma once
+#include <algorithm>
+
+#include "../tile/async_copy.h"
+#include "../tile/shared_tile.h"
+
+namespace flash_ext {
+
+// The first `count` of eight 16-bit values at any address, then zeros.
+template <typename T>
+FX_DEVICE uint4 load_elements(const T* src, int count) {
+  const uint16_t* bits = reinterpret_cast<const uint16_t*>(src);
+  uint32_t word[4] = {};
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (i < count) word[i / 2] |= uint32_t{bits[i]} << (16 * (i % 2));
+  return {word[0], word[1], word[2], word[3]};
+}
+
+// Starts to copy the rows [row0, row0 + kRows) of a matrix into a tile; rows from `rows` and columns
+// from `cols` on, which are not there, become zero and are not read. address(row) is where a row
+// starts. in_chunks: every row is aligned to 16 bytes; kInChunks: that is known.
+template <int kThreads, bool kInChunks, typename T, int kRows, int kCols, typename Address>
+FX_DEVICE void load_tile(SharedTile<T, kRows, kCols> dst, Address address, int row0, int rows,
+                         int cols, bool in_chunks) {
+  constexpr int kChunks = kCols / 8;
+  if (kInChunks || in_chunks) {
+#pragma unroll
+    for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
+      const int row = i / kChunks, col = i % kChunks * 8;
+      const int count = row0 + row < rows ? std::clamp(cols - col, 0, 8) : 0;
+      copy_async(dst.at(row, col), address(row0 + row) + col, 2 * count);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
+      const int row = i / kChunks, col = i % kChunks * 8;
+      const int count = row0 + row < rows ? std::clamp(cols - col, 0, 8) : 0;
+      *reinterpret_cast<uint4*>(dst.at(row, col)) =
+          load_elements(address(row0 + row) + col, count);
+    }
+  }
+}
+
+// The other way round.
+template <int kThreads, bool kInChunks, typename T, int kRows, int kCols, typename Address>
+FX_DEVICE void store_tile(SharedTile<T, kRows, kCols> src, Address address, int row0, int rows,
+                          int cols, bool in_chunks) {
+  constexpr int kChunks = kCols / 8;
+#pragma unroll(kInChunks ? 4 : 1)
+  for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
+    const int row = i / kChunks, col = i % kChunks * 8;
+    if (row0 + row >= rows || col >= cols) continue;
+    T* dst = address(row0 + row) + col;
+    if (kInChunks || in_chunks) {
+      *reinterpret_cast<uint4*>(dst) = *reinterpret_cast<const uint4*>(src.at(row, col));
+    } else {
+      const int count = std::min(cols - col, 8);
+      for (int c = 0; c < count; ++c) dst[c] = src.at(row, col)[c];
+    }
+  }
+}
+
+}  // namespace flash_ext

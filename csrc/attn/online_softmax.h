@@ -1,0 +1,58 @@
+#pragma once
+#include "../tile/reg_tile.h"
+
+namespace flash_ext {
+
+inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// Softmax over keys that arrive in blocks. Scores are to base 2: exp2 of them is the weight.
+//
+// What is summed so far is relative to `reference`, which follows the row's maximum, but only when
+// that has grown by more than kSlack: until then weights may be as large as 2^kSlack, which costs
+// no accuracy, and the output need not be rescaled.
+template <typename T, int kRows>
+struct OnlineSoftmax {
+  static constexpr float kSlack = 8.f;
+  RowVec<T, kRows> reference, sum;  // sum: of this lane's elements
+
+  FX_DEVICE OnlineSoftmax() { reference.fill(-INFINITY), sum.fill(0.f); }
+
+  // Turns s * scale, the scores, into weights in place, and rescales what o has gathered so far.
+  template <int kCols, int kHeadDim>
+  FX_DEVICE void step(AccTile<T, kRows, kCols>& s, AccTile<T, kRows, kHeadDim>& o, float scale) {
+    RowVec<T, kRows> top;
+    top.fill(-INFINITY);
+    s.for_each([&](float& x, int m, int r, int) { top.v[m][r] = fmaxf(top.v[m][r], x); });
+    top.reduce_lanes([](float a, float b) { return fmaxf(a, b); });
+
+    bool grown = false;
+    top.for_each([&](float& x, int m, int r) {
+      x *= scale;
+      grown |= x > reference.v[m][r] + kSlack;
+    });
+    if (any_lane(grown)) {
+      RowVec<T, kRows> decay;
+      reference.for_each([&](float& old, int m, int r) {
+        const float now = fmaxf(old, top.v[m][r]);
+        decay.v[m][r] = fast_exp2(old - shift(now));
+        sum.v[m][r] *= decay.v[m][r];
+        old = now;
+      });
+      o.for_each([&](float& x, int m, int r, int) { x *= decay.v[m][r]; });
+    }
+
+    RowVec<T, kRows> shifts;
+    shifts.for_each([&](float& x, int m, int r) { x = shift(reference.v[m][r]); });
+    s.for_each([&](float& x, int m, int r, int) {
+      x = fast_exp2(fmaf(x, scale, -shifts.v[m][r]));
+      sum.v[m][r] += x;
+    });
+  }
+
+  // What to subtract; a row that has seen nothing has no maximum.
+  FX_DEVICE static float shift(float reference) {
+    return reference == -INFINITY ? 0.f : reference;
+  }
+};
+
+}  // namespace flash_ext

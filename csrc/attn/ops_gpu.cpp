@@ -1,0 +1,93 @@
+// The GPU implementations of the ops: the forward. Registered only where GPU kernels are built.
+#if defined(FLASH_EXT_WITH_CUDA) || defined(FLASH_EXT_WITH_ROCM)
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <mutex>
+
+#include "../checks.h"
+#include "args.h"
+#include "fwd.h"
+
+namespace flash_ext {
+namespace {
+
+using Pair = std::tuple<Tensor, Tensor>;
+
+// torch's current stream. The function is in the GPU part of torch, which this module does not link
+// so that it also loads where torch has none; whoever has a GPU tensor has loaded it.
+void* current_stream(int32_t device) {
+  using Function = int32_t (*)(int32_t, void**);
+  static const auto get = [] {
+    for (const char* library : {"libtorch_cuda.so", "libtorch_hip.so"})
+      if (void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD))
+        if (void* found = dlsym(handle, "aoti_torch_get_current_cuda_stream"))
+          return reinterpret_cast<Function>(found);
+    return Function{nullptr};
+  }();
+  void* stream = nullptr;
+  FX_CHECK(get && get(device, &stream) == 0, "flash_ext: torch's current GPU stream is not found");
+  return stream;
+}
+
+const GpuFacts& facts_of(int32_t device) {
+  constexpr int kMostDevices = 64;
+  static std::array<GpuFacts, kMostDevices> facts;
+  static std::array<std::once_flag, kMostDevices> asked;
+  FX_CHECK(device >= 0 && device < kMostDevices, "q: on device ", device, " of more than ",
+           kMostDevices);
+  std::call_once(asked[device], [&] { facts[device] = gpu_facts(device); });
+  return facts[device];
+}
+
+Pair run_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Packing* packing,
+             bool out_bshd, const AttnOptions& options) {
+  const int32_t device = q.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const FwdCall call = prepare_fwd(q, k, v, packing, out_bshd, options);
+  const CurrentDevice current(device);
+  const GpuFacts& gpu = facts_of(device);
+  FwdPlan plan = plan_fwd(call.params, gpu);
+  Tensor scratch;
+  if (const int64_t floats = plan.scratch_floats()) {
+    scratch = torch::stable::new_empty(call.lse, {floats});
+    plan.use_scratch(static_cast<float*>(scratch.data_ptr()));
+  }
+  launch_fwd(plan, gpu, current_stream(device));
+  return {call.result, call.lse};
+}
+
+// deterministic is not read: the forward always is.
+Pair attn_fwd(const Tensor& q, const Tensor& k, const Tensor& v, double scale, int64_t window_left,
+              int64_t window_right, bool top_left, bool out_bshd, double softcap, double dropout_p,
+              const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
+              const OptionalTensor& sinks, const OptionalTensor& rng_state,
+              bool /*deterministic*/) {
+  return run_fwd(q, k, v, nullptr, out_bshd,
+                 {scale, softcap, dropout_p, window_left, window_right, top_left, attn_mask,
+                  alibi_slopes, sinks, rng_state});
+}
+
+Pair attn_varlen_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                     const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                     double scale, int64_t window_left, int64_t window_right, bool top_left,
+                     double softcap, double dropout_p, const OptionalTensor& attn_mask,
+                     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                     const OptionalTensor& rng_state, bool /*deterministic*/) {
+  const Packing packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
+  return run_fwd(q, k, v, &packing, false,
+                 {scale, softcap, dropout_p, window_left, window_right, top_left, attn_mask,
+                  alibi_slopes, sinks, rng_state});
+}
+
+}  // namespace
+}  // namespace flash_ext
+
+STABLE_TORCH_LIBRARY_IMPL(flash_ext, CUDA, m) {
+  m.impl("attn_fwd", TORCH_BOX(&flash_ext::attn_fwd));
+  m.impl("attn_varlen_fwd", TORCH_BOX(&flash_ext::attn_varlen_fwd));
+}
+#endif

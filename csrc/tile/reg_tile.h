@@ -1,0 +1,121 @@
+// Register tiles: a [kRows, kCols] float32 accumulator spread over a warp, and what attention does
+// to it. No vendor names below: every layout question is put to MmaAtom.
+#pragma once
+#include "mma_atom.h"
+#include "shared_tile.h"
+
+namespace flash_ext {
+
+inline constexpr int kAtom = 16;  // MmaAtom is 16x16x16 on every target
+
+// One value a row of the tile this lane touches.
+template <typename T, int kRows, typename Value = float>
+struct RowVec {
+  static constexpr int kSlots = MmaAtom<T>::kRowsPerLane;
+  Value v[kRows / kAtom][kSlots];
+
+  // f(value, m, slot) for every row.
+  template <typename F>
+  FX_DEVICE void for_each(F f) {
+#pragma unroll
+    for (int m = 0; m < kRows / kAtom; ++m)
+#pragma unroll
+      for (int s = 0; s < kSlots; ++s) f(v[m][s], m, s);
+  }
+  FX_DEVICE void fill(Value x) {
+    for_each([&](Value& y, int, int) { y = x; });
+  }
+  // The same in all lanes that share a row.
+  template <typename Op>
+  FX_DEVICE void reduce_lanes(Op op) {
+    for_each([&](Value& x, int, int) { x = MmaAtom<T>::row_reduce(x, op); });
+  }
+};
+
+template <typename T, int kRows, int kCols>
+struct AccTile {
+  using Atom = MmaAtom<T>;
+  static constexpr int kM = kRows / kAtom, kN = kCols / kAtom;
+  typename Atom::Acc atom[kM][kN];
+
+  // f(value, m, slot, col) for every element this lane holds; m and slot name its row.
+  template <typename F>
+  FX_DEVICE void for_each(F f) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int i = 0; i < Atom::kAccRegs; ++i)
+          f(atom[m][n].reg[i], m, Atom::row_slot(i), n * kAtom + Atom::col(i));
+  }
+  FX_DEVICE void clear() {
+    for_each([](float& x, int, int, int) { x = 0.f; });
+  }
+  FX_DEVICE static int row(int m, int slot) { return m * kAtom + Atom::row(slot); }
+  // Whether this lane, among those that share a row, is the one that speaks for it.
+  FX_DEVICE static bool speaks_for_row() { return Atom::col(0) == 0; }
+};
+
+// A 16-bit operand tile in registers.
+template <typename T, int kRows, int kCols>
+struct OperandTile {
+  using Atom = MmaAtom<T>;
+  typename Atom::A atom[kRows / kAtom][kCols / kAtom];
+
+  template <typename Tile>
+  FX_DEVICE void load(const Tile& t, int row0) {
+#pragma unroll
+    for (int m = 0; m < kRows / kAtom; ++m)
+#pragma unroll
+      for (int k = 0; k < kCols / kAtom; ++k)
+        atom[m][k] = Atom::load_a(t, row0 + m * kAtom, k * kAtom);
+  }
+  FX_DEVICE typename Atom::A get(int m, int k) const { return atom[m][k]; }
+};
+
+// The same, left in shared memory: rows from row0 on.
+template <typename T, typename Tile>
+struct SharedOperand {
+  Tile tile;
+  int row0;
+  FX_DEVICE typename MmaAtom<T>::A get(int m, int k) const {
+    return MmaAtom<T>::load_a(tile, row0 + m * kAtom, k * kAtom);
+  }
+};
+
+// c[m, n] += a[m, k] * b[n, k]; b in shared memory, a an OperandTile or SharedOperand of kK columns.
+template <int kK, typename T, int kM, int kN, typename Operand, typename Tile>
+FX_DEVICE void mma_abt(AccTile<T, kM, kN>& c, const Operand& a, const Tile& b) {
+#pragma unroll
+  for (int k = 0; k < kK / kAtom; ++k) {
+    typename MmaAtom<T>::A a_frag[kM / kAtom];
+#pragma unroll
+    for (int m = 0; m < kM / kAtom; ++m) a_frag[m] = a.get(m, k);
+#pragma unroll
+    for (int n = 0; n < kN / kAtom; ++n) {
+      const auto b_frag = MmaAtom<T>::load_b(b, n * kAtom, k * kAtom);
+#pragma unroll
+      for (int m = 0; m < kM / kAtom; ++m) MmaAtom<T>::mma(c.atom[m][n], a_frag[m], b_frag);
+    }
+  }
+}
+
+// c[m, n] += a[m, k] * b[k, n]; a an accumulator, rounded to T; b in shared memory.
+template <typename T, int kM, int kN, int kK, typename Tile>
+FX_DEVICE void mma_ab(AccTile<T, kM, kN>& c, const AccTile<T, kM, kK>& a, const Tile& b) {
+#pragma unroll
+  for (int k = 0; k < kK / kAtom; ++k) {
+    typename MmaAtom<T>::A a_frag[kM / kAtom];
+#pragma unroll
+    for (int m = 0; m < kM / kAtom; ++m) a_frag[m] = MmaAtom<T>::to_operand(a.atom[m][k]);
+#pragma unroll
+    for (int n = 0; n < kN / kAtom; ++n) {
+      const auto b_frag = MmaAtom<T>::load_b_transposed(b, n * kAtom, k * kAtom);
+#pragma unroll
+      for (int m = 0; m < kM / kAtom; ++m) MmaAtom<T>::mma(c.atom[m][n], a_frag[m], b_frag);
+    }
+  }
+}
+
+}  // namespace flash_ext

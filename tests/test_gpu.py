@@ -1,0 +1,190 @@
+"""What only the gpu backend can get wrong: tiles, packed heads, splits, grids, streams, graphs, several GPUs."""
+
+import pytest
+import torch
+
+import flash_ext
+from flash_ext import backends
+from flash_ext.testing import CASES, Case, check, make_inputs, run
+
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() and backends.GPU_KERNELS), reason="needs a GPU, and flash_ext built for it"
+)
+dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+
+
+def normal(*shape, dtype=torch.bfloat16):
+    return torch.randn(shape, device="cuda", dtype=dtype)
+
+
+def reference(q, k, v, **options):
+    return flash_ext.math(q.double(), k.double(), v.double(), **options)
+
+
+def assert_near(out, exact):
+    torch.testing.assert_close(out.double(), exact.double(), atol=2e-2, rtol=2e-2)
+
+
+def test_gpu_is_chosen_and_explains():
+    q = normal(1, 2, 3, 8)
+    assert flash_ext.explain(q, q, q).backend == "gpu"
+    for reason, tensors in {
+        "float32": [q.float()] * 3,
+        "head_dim": [normal(1, 2, 3, 257)] * 3,
+        "no backward yet": [q.requires_grad_(), q, q],
+    }.items():
+        explanation = flash_ext.explain(*tensors)
+        assert explanation.backend == "math" and reason in explanation.reasons["gpu"]
+        with pytest.raises(RuntimeError, match=reason):
+            flash_ext.attn(*tensors, backend="gpu")
+    with torch.no_grad():
+        assert flash_ext.explain(q, q, q).backend == "gpu"
+
+
+def test_what_needs_a_gradient_gets_it():
+    q = normal(1, 2, 30, 64).requires_grad_()
+    (grad,) = torch.autograd.grad(flash_ext.attn(q, q, q).sum(), q)
+    assert torch.isfinite(grad).all()
+
+
+@dtypes
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("head_dim", [8, 32, 40, 64, 72, 80, 96, 128, 136, 192, 200, 256])
+@pytest.mark.parametrize("seq_q, seq_kv", [(300, 300), (129, 515), (515, 129), (5, 1000)])
+def test_tiles(seq_q, seq_kv, head_dim, is_causal, dtype):
+    check(Case("tiles", 1, 4, 2, seq_q, seq_kv, head_dim, is_causal=is_causal), dtype, "cuda", "gpu", grads=False)
+
+
+@pytest.mark.parametrize("head_dim, head_dim_v", [(64, 128), (192, 128), (128, 64), (8, 256), (24, 20)])
+def test_value_head_dim(head_dim, head_dim_v):
+    case = Case("value", 2, 4, 2, 200, 300, head_dim, head_dim_v)
+    check(case, torch.bfloat16, "cuda", "gpu", grads=False)
+
+
+@pytest.mark.parametrize("options", [{}, dict(is_causal=True), dict(softcap=20.0), dict(window=(100, 20))], ids=str)
+def test_enough_tiles_to_fill_the_device(options):  # nothing is split then
+    q, k, v = normal(4, 32, 600, 64), normal(4, 32, 600, 64), normal(4, 32, 600, 64)
+    out, lse = flash_ext.attn(q, k, v, **options, return_lse=True, backend="gpu")
+    exact, exact_lse = reference(q, k, v, **options, return_lse=True)
+    assert_near(out, exact)
+    torch.testing.assert_close(lse, exact_lse.float(), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seq_q", [1, 2, 3, 4, 7, 17, 33])
+@pytest.mark.parametrize("heads_q, heads_kv", [(8, 8), (8, 2), (15, 3), (32, 1)])
+def test_few_queries(seq_q, heads_q, heads_kv):
+    for seq_kv in (1, 100, 5000):
+        case = Case("few", 2, heads_q, heads_kv, seq_q, seq_kv, 128, is_causal=True, sinks=True)
+        check(case, torch.bfloat16, "cuda", "gpu", grads=False)
+
+
+def test_results_repeat_bit_for_bit():
+    q, k, v = normal(2, 32, 1, 128), normal(2, 8, 9000, 128), normal(2, 8, 9000, 128)
+    first = flash_ext.attn(q, k, v, backend="gpu")
+    assert all(torch.equal(flash_ext.attn(q, k, v, backend="gpu"), first) for _ in range(20))
+
+
+def test_more_heads_than_a_grid_dimension_holds():
+    q, k, v = normal(2, 40_000, 3, 8), normal(2, 20_000, 5, 8), normal(2, 20_000, 5, 16)
+    assert_near(flash_ext.attn(q, k, v, backend="gpu"), reference(q, k, v))
+
+
+def test_tensors_of_more_than_2_to_the_31_elements():
+    rows = 2**31 // (8 * 128) + 100
+    q = normal(1, 8, 40, 128)
+    big = torch.zeros(1, 8, rows, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = big[:, :, -300:].normal_(), big[:, :, :300].normal_()
+    assert_near(flash_ext.attn(q, k, v, backend="gpu"), reference(q, k, v))
+    by_token = big.view(1, rows, 8, 128).transpose(1, 2)[:, :, -300:].normal_()
+    out = flash_ext.attn(by_token, by_token, by_token, is_causal=True, backend="gpu")
+    assert_near(out, reference(by_token, by_token, by_token, is_causal=True))
+
+
+def test_many_rows_of_queries_and_outputs():
+    rows = 2**31 // 128 + 64
+    q = torch.randn(1, 1, rows, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = normal(1, 1, 5, 128), normal(1, 1, 5, 128)
+    out, lse = flash_ext.attn(q, k, v, return_lse=True, backend="gpu")
+    for part in (slice(0, 1000), slice(rows // 2, rows // 2 + 1000), slice(-1000, None)):
+        exact, exact_lse = reference(q[:, :, part], k, v, return_lse=True)
+        assert_near(out[:, :, part], exact)
+        torch.testing.assert_close(lse[:, :, part], exact_lse.float(), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2, 4])
+def test_storage_offsets(offset):
+    storage = normal(4 * 130 * 64 + offset)
+    q = storage[offset:].view(1, 4, 130, 64)
+    assert_near(flash_ext.attn(q, q, q, backend="gpu"), reference(q, q, q))
+
+
+def test_every_stream_is_followed():
+    q = normal(8, 32, 2048, 64)
+    expected = flash_ext.attn(q, q, q, backend="gpu")
+    stream = torch.cuda.Stream()
+    late = torch.zeros_like(q)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        late.copy_(q)
+        out = flash_ext.attn(late, late, late, backend="gpu")
+    stream.synchronize()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("id", ["plain", "decode", "dropout", "packed", "everything"])
+def test_cuda_graphs(id):
+    inputs = make_inputs(next(case for case in CASES if case.id == id), torch.bfloat16, "cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run(inputs, "gpu", grads=False)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    function = flash_ext.attn_varlen if inputs.case.packed else flash_ext.attn
+    with torch.no_grad(), torch.cuda.graph(graph):
+        out = function(*inputs.args, **inputs.options, backend="gpu")
+    graph.replay()
+    first = out.clone()
+    graph.replay()
+    assert torch.equal(first, out) == (inputs.case.dropout_p == 0)  # each replay draws its own mask
+    with torch.no_grad():
+        for x in inputs.args[:3]:
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.isfinite(out).all() and not torch.equal(first, out)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_of_another_gpu():
+    q = normal(2, 4, 300, 64)
+    expected = flash_ext.attn(q, q, q, backend="gpu")
+    other = q.to("cuda:1")
+    for _ in range(2):
+        assert torch.equal(flash_ext.attn(other, other, other, backend="gpu").to("cuda:0"), expected)
+        assert torch.equal(flash_ext.attn(q, q, q, backend="gpu"), expected)
+    assert torch.cuda.current_device() == 0
+
+
+@dtypes
+def test_dropout_is_the_same_on_every_backend(dtype):
+    q, k, v = (normal(2, 4, n, 32, dtype=dtype) for n in (70, 200, 200))
+    torch.manual_seed(3)
+    out = flash_ext.attn(q, k, v, dropout_p=0.4, backend="gpu")
+    torch.manual_seed(3)
+    assert_near(out, flash_ext.attn(q.double(), k.double(), v.double(), dropout_p=0.4, backend="math"))
+
+
+def test_compiled():
+    q = normal(2, 4, 300, 64)
+    compiled = torch.compile(lambda q: flash_ext.attn(q, q, q, is_causal=True), fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(q), flash_ext.attn(q, q, q, is_causal=True))
+
+
+def test_autocast():
+    q = normal(1, 2, 30, 64, dtype=torch.float32)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        assert flash_ext.explain(q, q, q).backend == "gpu"
+        out = flash_ext.attn(q, q, q, backend="gpu")
+    assert out.dtype == torch.bfloat16
+    assert_near(out, reference(q, q, q))
