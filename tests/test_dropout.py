@@ -23,6 +23,8 @@ def kept_by(run, batch, heads, seq_q, seq_kv, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seq_q, seq_kv", [(1, 1), (5, 7), (33, 65), (1, 700), (130, 40)])
 def test_mask_is_the_formula_bit_for_bit(seq_q, seq_kv, dtype, forward_backend):
+    if forward_backend == "gpu" and seq_kv > 256:
+        pytest.skip("v, the identity, has a larger head_dim than the gpu backend knows")
     for p, rng_state in [(0.5, state(1, 2)), (0.1, state(-(2**60) - 3, 2**33 + 5)), (0.93, state(2**63 - 1, -1))]:
         out = kept_by(
             lambda q, k, v, p=p, s=rng_state: torch.ops.flash_ext.attn_fwd(q, k, v, 1.0, dropout_p=p, rng_state=s)[0],
