@@ -32,9 +32,8 @@ bool needs_general(const AttnParams& p) {
 
 // Dividing the keys fills the device, and costs a merge. Time is counted in blocks of keys.
 int choose_splits(int64_t tiles, int64_t slots, int64_t blocks_kv) {
-  constexpr int kMostSplits = 128;
   constexpr double kStart = 1.5, kMerge = 3.0, kMergeEach = 0.05;
-  if (tiles >= slots) return 1;
+  if (tiles >= 2 * slots) return 1;
   int best = 1;
   double best_time = 0;
   for (int splits = 1; splits <= std::min<int64_t>(kMostSplits, blocks_kv); ++splits) {
@@ -82,7 +81,10 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   FwdPlan plan{{p.dtype, *head_dim, false, needs_general(p)}, {p}};
   FwdArgs& args = plan.args;
   const bool shares_kv = group > 1;
-  plan.variant.few_rows = p.seq_q * group <= fwd_tile({p.dtype, *head_dim, true, false}, kAmd).block_q;
+  const auto tile_holds_all = [&](FwdVariant v) { return p.seq_q * group <= fwd_tile(v, kAmd).block_q; };
+  plan.variant.few_rows = tile_holds_all({p.dtype, *head_dim, true, false});
+  if (!plan.variant.few_rows && tile_holds_all({p.dtype, *head_dim, false, true}))
+    plan.variant.general = true;  // its tile is smaller
   FwdTile tile = fwd_tile(plan.variant, kAmd);
   if (tile.smem_bytes(*head_dim) > gpu.smem_per_block) {
     plan.variant.general = true;

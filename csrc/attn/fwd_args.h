@@ -4,6 +4,8 @@
 
 namespace flash_ext {
 
+inline constexpr int kMostSplits = 128;
+
 struct FwdArgs {
   AttnParams params;
   // Heads that share a KV head and are packed into one tile: row r is query r / pack of the

@@ -33,7 +33,7 @@ struct FwdTile {
 constexpr FwdTile fwd_tile(FwdVariant v, bool amd) {
   const int block_kv = v.head_dim <= 128 ? 64 : 32;
   if (amd) return {v.few_rows ? 16 : 64, block_kv, v.few_rows ? 1 : 4, 1, 1, v.head_dim <= 128};
-  if (v.few_rows) return {16, block_kv, 1, 2, 2, v.head_dim <= 128};
+  if (v.few_rows) return {16, 32, 1, 2, 6, v.head_dim <= 128};
   if (v.general) return {64, block_kv, 4, 1, 2, v.head_dim <= 128};
   switch (v.head_dim) {
     case 32:

@@ -18,6 +18,21 @@ FX_DEVICE uint4 load_elements(const T* src, int count) {
   return {word[0], word[1], word[2], word[3]};
 }
 
+struct Place {
+  int row, col;
+};
+
+// The 16-byte chunk that this thread copies in a step. Where it can be, it is always the same column.
+template <int kThreads, int kChunks>
+FX_DEVICE Place chunk_of(int step) {
+  const unsigned thread = threadIdx.x;
+  if constexpr (kThreads % kChunks == 0)
+    return {static_cast<int>(thread / kChunks) + step * (kThreads / kChunks),
+            static_cast<int>(thread % kChunks * 8)};
+  const unsigned i = thread + step * kThreads;
+  return {static_cast<int>(i / kChunks), static_cast<int>(i % kChunks * 8)};
+}
+
 // Starts to copy the rows [row0, row0 + kRows) of a matrix into a tile; rows from `rows` and columns
 // from `cols` on, which are not there, become zero and are not read. address(row) is where a row
 // starts. in_chunks: every row is aligned to 16 bytes; kInChunks: that is known.
@@ -26,9 +41,11 @@ FX_DEVICE void load_tile(SharedTile<T, kRows, kCols> dst, Address address, int r
                          int cols, bool in_chunks) {
   constexpr int kChunks = kCols / 8;
   if (kInChunks || in_chunks) {
+    constexpr int kSteps = (kRows * kChunks + kThreads - 1) / kThreads;
 #pragma unroll
-    for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
-      const int row = i / kChunks, col = i % kChunks * 8;
+    for (int step = 0; step < kSteps; ++step) {
+      const auto [row, col] = chunk_of<kThreads, kChunks>(step);
+      if (kRows * kChunks % kThreads && row >= kRows) break;
       const int count = row0 + row < rows ? std::clamp(cols - col, 0, 8) : 0;
       copy_async(dst.at(row, col), address(row0 + row) + col, 2 * count);
     }

@@ -21,8 +21,8 @@ inline constexpr int kWarpSize = 64;  // device code only: a HIP host pass canno
 inline constexpr int kWarpSize = 32;
 #endif
 
-FX_DEVICE int lane_id() { return threadIdx.x % kWarpSize; }
-FX_DEVICE int warp_id() { return threadIdx.x / kWarpSize; }
+FX_DEVICE unsigned lane_id() { return threadIdx.x % kWarpSize; }
+FX_DEVICE unsigned warp_id() { return threadIdx.x / kWarpSize; }
 
 // Value held by the lane whose id differs from ours in the bits of `mask`.
 FX_DEVICE float shuffle_xor(float x, int mask) {

@@ -84,38 +84,44 @@ struct SharedOperand {
   }
 };
 
+// c[m, n] += a[m, k] * (b of atom n, k), for all atoms; each b is loaded one step before its use.
+template <int kSteps, typename T, int kM, int kN, typename GetA, typename LoadB>
+FX_DEVICE void mma_steps(AccTile<T, kM, kN>& c, GetA get_a, LoadB load_b) {
+  using Atom = MmaAtom<T>;
+  constexpr int kAtomsM = kM / kAtom, kAtomsN = kN / kAtom, kAll = kSteps * kAtomsN;
+  typename Atom::A a[2][kAtomsM];
+  typename Atom::B b[2];
+#pragma unroll
+  for (int m = 0; m < kAtomsM; ++m) a[0][m] = get_a(m, 0);
+  b[0] = load_b(0, 0);
+#pragma unroll
+  for (int step = 0; step < kAll; ++step) {
+    const int k = step / kAtomsN, n = step % kAtomsN, next = step + 1;
+    if (next < kAll) {
+      b[next % 2] = load_b(next % kAtomsN, next / kAtomsN);
+      if (n == kAtomsN - 1)
+#pragma unroll
+        for (int m = 0; m < kAtomsM; ++m) a[(k + 1) % 2][m] = get_a(m, k + 1);
+    }
+#pragma unroll
+    for (int m = 0; m < kAtomsM; ++m) Atom::mma(c.atom[m][n], a[k % 2][m], b[step % 2]);
+  }
+}
+
 // c[m, n] += a[m, k] * b[n, k]; b in shared memory, a an OperandTile or SharedOperand of kK columns.
 template <int kK, typename T, int kM, int kN, typename Operand, typename Tile>
 FX_DEVICE void mma_abt(AccTile<T, kM, kN>& c, const Operand& a, const Tile& b) {
-#pragma unroll
-  for (int k = 0; k < kK / kAtom; ++k) {
-    typename MmaAtom<T>::A a_frag[kM / kAtom];
-#pragma unroll
-    for (int m = 0; m < kM / kAtom; ++m) a_frag[m] = a.get(m, k);
-#pragma unroll
-    for (int n = 0; n < kN / kAtom; ++n) {
-      const auto b_frag = MmaAtom<T>::load_b(b, n * kAtom, k * kAtom);
-#pragma unroll
-      for (int m = 0; m < kM / kAtom; ++m) MmaAtom<T>::mma(c.atom[m][n], a_frag[m], b_frag);
-    }
-  }
+  mma_steps<kK / kAtom>(
+      c, [&](int m, int k) { return a.get(m, k); },
+      [&](int n, int k) { return MmaAtom<T>::load_b(b, n * kAtom, k * kAtom); });
 }
 
 // c[m, n] += a[m, k] * b[k, n]; a an accumulator, rounded to T; b in shared memory.
 template <typename T, int kM, int kN, int kK, typename Tile>
 FX_DEVICE void mma_ab(AccTile<T, kM, kN>& c, const AccTile<T, kM, kK>& a, const Tile& b) {
-#pragma unroll
-  for (int k = 0; k < kK / kAtom; ++k) {
-    typename MmaAtom<T>::A a_frag[kM / kAtom];
-#pragma unroll
-    for (int m = 0; m < kM / kAtom; ++m) a_frag[m] = MmaAtom<T>::to_operand(a.atom[m][k]);
-#pragma unroll
-    for (int n = 0; n < kN / kAtom; ++n) {
-      const auto b_frag = MmaAtom<T>::load_b_transposed(b, n * kAtom, k * kAtom);
-#pragma unroll
-      for (int m = 0; m < kM / kAtom; ++m) MmaAtom<T>::mma(c.atom[m][n], a_frag[m], b_frag);
-    }
-  }
+  mma_steps<kK / kAtom>(
+      c, [&](int m, int k) { return MmaAtom<T>::to_operand(a.atom[m][k]); },
+      [&](int n, int k) { return MmaAtom<T>::load_b_transposed(b, n * kAtom, k * kAtom); });
 }
 
 }  // namespace flash_ext

@@ -12,16 +12,21 @@ struct SharedTile {
   static constexpr int kChunks = kCols / 8;
   T* data;
 
-  FX_DEVICE T* at(int row, int col) const {
-    const int chunk = (col / 8) ^ swizzle(row);
-    return data + row * kCols + chunk * 8 + col % 8;
+  FX_DEVICE T* at(unsigned row, unsigned col) const { return data + offset(0, 0, row, col); }
+
+  // Elements from data to (row0 + row, col0 + col), where row0 and col0 are multiples of 16 and row
+  // and col below that: then what depends on the lane is the same for all (row0, col0) but for an
+  // XOR of few values, and is computed once.
+  FX_DEVICE static unsigned offset(unsigned row0, unsigned col0, unsigned row, unsigned col) {
+    const unsigned chunk = (col0 / 8 % 8) ^ (col / 8) ^ swizzle(row);
+    return row * kCols + chunk * 8 + col % 8 + (row0 * kCols + col0 / 64 * 64);
   }
 
  private:
   // Rows lie kChunks apart, of which the part modulo 8 (a bank line) counts: kSpread rows are
   // already apart from each other; the XOR moves the others.
-  static constexpr int kLowBit = kChunks & -kChunks, kSpread = kLowBit < 8 ? kLowBit : 8;
-  FX_DEVICE static int swizzle(int row) { return row / (8 / kSpread) % kSpread; }
+  static constexpr unsigned kLowBit = kChunks & -kChunks, kSpread = kLowBit < 8 ? kLowBit : 8;
+  FX_DEVICE static unsigned swizzle(unsigned row) { return row / (8 / kSpread) % kSpread; }
 };
 
 }  // namespace flash_ext

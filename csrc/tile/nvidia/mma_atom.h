@@ -16,8 +16,8 @@ struct MmaAtom {
   struct Acc { float reg[kAccRegs]; };
 
   FX_DEVICE static constexpr int row_slot(int i) { return (i / 2) % 2; }
-  FX_DEVICE static int row(int slot) { return lane_id() / 4 + 8 * slot; }
-  FX_DEVICE static int col(int i) { return (lane_id() % 4) * 2 + i % 2 + 8 * (i / 4); }
+  FX_DEVICE static int row(int slot) { return static_cast<int>(lane_id()) / 4 + 8 * slot; }
+  FX_DEVICE static int col(int i) { return static_cast<int>(lane_id() % 4) * 2 + i % 2 + 8 * (i / 4); }
 
   // Four neighbouring lanes share a row.
   template <typename Op>
@@ -34,19 +34,20 @@ struct MmaAtom {
   template <typename Tile>
   FX_DEVICE static A load_a(const Tile& t, int row0, int k0) {
     A a;
-    ldmatrix<false>(a.reg, t.at(row0 + lane_id() % 16, k0 + lane_id() / 16 * 8));
+    ldmatrix<false>(a.reg, t.data, t.offset(row0, k0, lane_id() % 16, lane_id() / 16 * 8));
     return a;
   }
   template <typename Tile>  // t is [n, k]
   FX_DEVICE static B load_b(const Tile& t, int n0, int k0) {
     B b;
-    ldmatrix<false>(b.reg, t.at(n0 + lane_id() % 8 + lane_id() / 16 * 8, k0 + lane_id() / 8 % 2 * 8));
+    const unsigned row = lane_id() % 8 + lane_id() / 16 * 8;
+    ldmatrix<false>(b.reg, t.data, t.offset(n0, k0, row, lane_id() / 8 % 2 * 8));
     return b;
   }
   template <typename Tile>  // t is [k, n]
   FX_DEVICE static B load_b_transposed(const Tile& t, int n0, int k0) {
     B b;
-    ldmatrix<true>(b.reg, t.at(k0 + lane_id() % 16, n0 + lane_id() / 16 * 8));
+    ldmatrix<true>(b.reg, t.data, t.offset(k0, n0, lane_id() % 16, lane_id() / 16 * 8));
     return b;
   }
 
@@ -69,8 +70,8 @@ struct MmaAtom {
           : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
   template <bool kTrans>
-  FX_DEVICE static void ldmatrix(uint32_t* r, const void* p) {
-    const uint32_t addr = static_cast<uint32_t>(__cvta_generic_to_shared(p));
+  FX_DEVICE static void ldmatrix(uint32_t* r, const T* data, unsigned offset) {
+    const uint32_t addr = static_cast<uint32_t>(__cvta_generic_to_shared(data)) + 2 * offset;
     if constexpr (kTrans)
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
           : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(addr));
