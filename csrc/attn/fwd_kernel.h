@@ -113,18 +113,19 @@ FX_DEVICE void write_output(typename Config::Output& o, typename Config::QTile q
   const AttnParams& p = args.params;
   const int head_dim = static_cast<int>(p.head_dim_v);
   if (args.splits > 1) {
-    o.for_each([&](float& x, int m, int r, int col) {
+    RowVec<T, Config::kRowsPerWarp, float*> out;  // null: no such row
+    out.for_each([&](float*& x, int m, int r) {
       const int row = task.row0 + warp_row + o.row(m, r);
-      if (row >= task.rows || col >= head_dim) return;
       const int64_t at = task.split * args.partial_rows + task.lse_offset(p, row);
-      args.o_partial[at * head_dim + col] = x;
+      x = row < task.rows ? args.o_partial + at * head_dim : nullptr;
+    });
+    o.for_each([&](float& x, int m, int r, int col) {
+      if (out.v[m][r] && col < head_dim) out.v[m][r][col] = x;
     });
     return;
   }
   __syncthreads();  // nobody reads q any more
-  o.for_each([&](float& x, int m, int r, int col) {
-    *q_smem.at(warp_row + o.row(m, r), col) = from_float<T>(x);
-  });
+  o.store(q_smem, warp_row);
   __syncthreads();  // the whole tile is there
   store_tile<Config::kThreads, !Config::kGeneral>(
       q_smem, [&](int row) { return static_cast<T*>(p.o.data) + task.offset(p.o, row); }, task.row0,

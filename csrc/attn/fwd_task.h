@@ -39,18 +39,17 @@ struct FwdTask {
 template <int kBlockQ, int kBlockKV>
 FX_DEVICE FwdTask fwd_task(const FwdArgs& args) {
   const AttnParams& p = args.params;
-  const int split = blockIdx.x % args.splits;
-  const int64_t index = blockIdx.x / args.splits;
-  const int64_t group_size = int64_t{args.heads_at_once} * args.blocks_q;
-  const int64_t group_head = index / group_size * args.heads_at_once;
-  const int in_group = static_cast<int>(index % group_size);
-  const int heads = static_cast<int>(std::min(args.heads - group_head, int64_t{args.heads_at_once}));
+  const unsigned index = blockIdx.x / args.splits, split = blockIdx.x % args.splits;
+  const unsigned group_size = args.heads_at_once * args.blocks_q;
+  const unsigned group_head = index / group_size * args.heads_at_once;
+  const unsigned in_group = index % group_size;
+  const unsigned heads = std::min<unsigned>(args.heads - group_head, args.heads_at_once);
   const int block_q = in_group / heads;
-  const int64_t batch_head = group_head + in_group % heads;
+  const unsigned batch_head = group_head + in_group % heads;
 
-  const int heads_per_batch = static_cast<int>(p.heads_q) / args.pack;
-  const int batch = static_cast<int>(batch_head / heads_per_batch);
-  const int head = static_cast<int>(batch_head % heads_per_batch) * args.pack;
+  const unsigned heads_per_batch = static_cast<unsigned>(p.heads_q) / args.pack;
+  const int batch = batch_head / heads_per_batch;
+  const int head = batch_head % heads_per_batch * args.pack;
   const int64_t first_q = p.cu_seqlens_q ? p.cu_seqlens_q[batch] : 0;
   const int64_t first_k = p.cu_seqlens_k ? p.cu_seqlens_k[batch] : 0;
   const int64_t seq_q = p.cu_seqlens_q ? p.cu_seqlens_q[batch + 1] - first_q : p.seq_q;
@@ -58,10 +57,10 @@ FX_DEVICE FwdTask fwd_task(const FwdArgs& args) {
   const int row0 = (args.longest_last ? args.blocks_q - 1 - block_q : block_q) * kBlockQ;
 
   const BandMask band(p, seq_q, seq_kv);
-  FwdTask t{batch, head, head / static_cast<int>(p.heads_q / p.heads_kv), row0,
+  FwdTask t{batch, head, head / static_cast<int>(static_cast<unsigned>(p.heads_q) / static_cast<unsigned>(p.heads_kv)), row0,
             static_cast<int>(seq_q) * args.pack, args.pack, first_q, first_k,
             static_cast<int>(band.left), static_cast<int>(band.right), static_cast<int>(seq_kv),
-            split, 0, 0, 0, 0};
+            static_cast<int>(split), 0, 0, 0, 0};
   const int first = t.query(row0), last = t.query(std::min(row0 + kBlockQ, t.rows) - 1);
   const KeyRange any = band.visible(first, last);
   if (row0 >= t.rows || any.begin >= any.end) return t;

@@ -38,8 +38,8 @@ constexpr FwdTile fwd_tile(FwdVariant v, bool amd) {
   switch (v.head_dim) {
     case 32:
     case 64: return {128, 64, 4, 2, 3, false};
-    case 96:
-    case 128: return {128, 64, 4, 2, 2, false};
+    case 96: return {128, 64, 4, 2, 2, false};
+    case 128: return {128, 32, 4, 2, 2, false};
     case 192: return {128, 64, 8, 2, 1, false};
     default: return {128, 64, 8, 1, 1, false};
   }

@@ -22,16 +22,19 @@ struct Place {
   int row, col;
 };
 
-// The 16-byte chunk that this thread copies in a step. Where it can be, it is always the same column.
-template <int kThreads, int kChunks>
-FX_DEVICE Place chunk_of(int step) {
-  const unsigned thread = threadIdx.x;
-  if constexpr (kThreads % kChunks == 0)
-    return {static_cast<int>(thread / kChunks) + step * (kThreads / kChunks),
-            static_cast<int>(thread % kChunks * 8)};
-  const unsigned i = thread + step * kThreads;
-  return {static_cast<int>(i / kChunks), static_cast<int>(i % kChunks * 8)};
-}
+// Which 16-byte chunks a thread copies. As many neighbouring threads as a power of two allows share
+// a row; where that is not all of it, they go on in the same row in the next step.
+template <int kThreads, int kRows, int kChunks>
+struct Chunks {
+  static constexpr int kWide = kChunks & -kChunks, kColSteps = kChunks / kWide;
+  static constexpr int kRowStep = kThreads / kWide;
+  static constexpr int kSteps = kColSteps * ((kRows + kRowStep - 1) / kRowStep);
+
+  FX_DEVICE static Place at(int step) {
+    return {static_cast<int>(threadIdx.x / kWide) + step / kColSteps * kRowStep,
+            static_cast<int>(threadIdx.x % kWide + step % kColSteps * kWide) * 8};
+  }
+};
 
 // Starts to copy the rows [row0, row0 + kRows) of a matrix into a tile; rows from `rows` and columns
 // from `cols` on, which are not there, become zero and are not read. address(row) is where a row
@@ -41,11 +44,11 @@ FX_DEVICE void load_tile(SharedTile<T, kRows, kCols> dst, Address address, int r
                          int cols, bool in_chunks) {
   constexpr int kChunks = kCols / 8;
   if (kInChunks || in_chunks) {
-    constexpr int kSteps = (kRows * kChunks + kThreads - 1) / kThreads;
+    using Mine = Chunks<kThreads, kRows, kChunks>;
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const auto [row, col] = chunk_of<kThreads, kChunks>(step);
-      if (kRows * kChunks % kThreads && row >= kRows) break;
+    for (int step = 0; step < Mine::kSteps; ++step) {
+      const auto [row, col] = Mine::at(step);
+      if (kRows % Mine::kRowStep && row >= kRows) break;
       const int count = row0 + row < rows ? std::clamp(cols - col, 0, 8) : 0;
       copy_async(dst.at(row, col), address(row0 + row) + col, 2 * count);
     }

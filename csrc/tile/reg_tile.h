@@ -52,6 +52,28 @@ struct AccTile {
   FX_DEVICE void clear() {
     for_each([](float& x, int, int, int) { x = 0.f; });
   }
+  // Rounds to T and writes to the rows of a tile from row0 on.
+  template <typename Tile>
+  FX_DEVICE void store(const Tile& t, int row0) const {
+    constexpr int kStep = Atom::kColsInPairs ? 2 : 1;
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int i = 0; i < Atom::kAccRegs; i += kStep) {
+          T* dst = t.data + t.offset(row0 + m * kAtom, n * kAtom, Atom::row(Atom::row_slot(i)),
+                                     Atom::col(i));
+          if constexpr (kStep == 2) {
+            const T low = from_float<T>(atom[m][n].reg[i]);
+            const T high = from_float<T>(atom[m][n].reg[i + 1]);
+            *reinterpret_cast<uint32_t*>(dst) = reinterpret_cast<const uint16_t&>(low) |
+                                                reinterpret_cast<const uint16_t&>(high) << 16;
+          } else {
+            *dst = from_float<T>(atom[m][n].reg[i]);
+          }
+        }
+  }
   FX_DEVICE static int row(int m, int slot) { return m * kAtom + Atom::row(slot); }
   // Whether this lane, among those that share a row, is the one that speaks for it.
   FX_DEVICE static bool speaks_for_row() { return Atom::col(0) == 0; }
@@ -88,23 +110,27 @@ struct SharedOperand {
 template <int kSteps, typename T, int kM, int kN, typename GetA, typename LoadB>
 FX_DEVICE void mma_steps(AccTile<T, kM, kN>& c, GetA get_a, LoadB load_b) {
   using Atom = MmaAtom<T>;
-  constexpr int kAtomsM = kM / kAtom, kAtomsN = kN / kAtom, kAll = kSteps * kAtomsN;
+  constexpr int kAtomsM = kM / kAtom, kAtomsN = kN / kAtom;
   typename Atom::A a[2][kAtomsM];
   typename Atom::B b[2];
 #pragma unroll
   for (int m = 0; m < kAtomsM; ++m) a[0][m] = get_a(m, 0);
   b[0] = load_b(0, 0);
 #pragma unroll
-  for (int step = 0; step < kAll; ++step) {
-    const int k = step / kAtomsN, n = step % kAtomsN, next = step + 1;
-    if (next < kAll) {
-      b[next % 2] = load_b(next % kAtomsN, next / kAtomsN);
-      if (n == kAtomsN - 1)
+  for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+    for (int n = 0; n < kAtomsN; ++n) {
+      const int step = k * kAtomsN + n;
+      if (n + 1 < kAtomsN) {
+        b[(step + 1) % 2] = load_b(n + 1, k);
+      } else if (k + 1 < kSteps) {
+        b[(step + 1) % 2] = load_b(0, k + 1);
 #pragma unroll
         for (int m = 0; m < kAtomsM; ++m) a[(k + 1) % 2][m] = get_a(m, k + 1);
-    }
+      }
 #pragma unroll
-    for (int m = 0; m < kAtomsM; ++m) Atom::mma(c.atom[m][n], a[k % 2][m], b[step % 2]);
+      for (int m = 0; m < kAtomsM; ++m) Atom::mma(c.atom[m][n], a[k % 2][m], b[step % 2]);
+    }
   }
 }
 

@@ -11,6 +11,7 @@ template <typename T>
 struct MmaAtom {
   static constexpr int kAccRegs = 8;      // accumulators a lane holds
   static constexpr int kRowsPerLane = 2;  // ... which lie in this many rows
+  static constexpr bool kColsInPairs = true;  // registers 2j and 2j + 1 are neighbours in a row
   struct A { uint32_t reg[4]; };
   struct B { uint32_t reg[4]; };
   struct Acc { float reg[kAccRegs]; };
