@@ -70,6 +70,15 @@ def test_enough_tiles_to_fill_the_device(options):  # nothing is split then
     torch.testing.assert_close(lse, exact_lse.float(), atol=1e-4, rtol=1e-5)
 
 
+@dtypes
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
+def test_tiles_without_a_key(head_dim, dtype):
+    """What is loaded for them in the background must not arrive after their zeros."""
+    q, k = normal(8, 16, 900, head_dim, dtype=dtype), normal(8, 16, 100, head_dim, dtype=dtype)
+    out, lse = flash_ext.attn(q, k, k, is_causal=True, return_lse=True, backend="gpu")
+    assert not out[:, :, :800].any() and (lse[:, :, :800] == -torch.inf).all()
+
+
 @pytest.mark.parametrize("seq_q", [1, 2, 3, 4, 7, 17, 33])
 @pytest.mark.parametrize("heads_q, heads_kv", [(8, 8), (8, 2), (15, 3), (32, 1)])
 def test_few_queries(seq_q, heads_q, heads_kv):

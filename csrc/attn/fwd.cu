@@ -30,16 +30,23 @@ bool needs_general(const AttnParams& p) {
   return !chunks || p.mask.data || p.softcap > 0 || p.alibi_slopes || p.dropout_threshold;
 }
 
-// Dividing the keys fills the device, and costs a merge. Time is counted in blocks of keys.
-int choose_splits(int64_t tiles, int64_t slots, int64_t blocks_kv) {
-  constexpr double kStart = 1.5, kMerge = 3.0, kMergeEach = 0.05;
+// Dividing the keys fills the device, but the parts must be merged. Which number is best is
+// estimated in microseconds; the constants are an H200's.
+int choose_splits(const FwdVariant& v, const FwdTile& tile, int64_t tiles, int64_t slots,
+                  int64_t blocks_kv, int64_t output_values) {
+  constexpr double kFlopsOfSlot = 1.2e6, kBytes = 4e6;  // a microsecond
+  constexpr double kStart = 2.0, kMerge = 4.0, kFewRowsBlock = 0.8;
   if (tiles >= 2 * slots) return 1;
+  const double flops = 4.0 * tile.block_q * tile.block_kv * v.head_dim;
+  const double bytes = 4.0 * tile.block_kv * v.head_dim;
+  const double compute = v.few_rows ? kFewRowsBlock : flops / kFlopsOfSlot;
   int best = 1;
   double best_time = 0;
   for (int splits = 1; splits <= std::min<int64_t>(kMostSplits, blocks_kv); ++splits) {
     const double rounds = ceil_div(tiles * splits, slots);
-    const double merge = splits > 1 ? kMerge + kMergeEach * splits : 0;
-    const double time = rounds * (ceil_div(blocks_kv, splits) + kStart) + merge;
+    const double block = std::max(compute, bytes * std::min(tiles * splits, slots) / kBytes);
+    const double merge = splits > 1 ? kMerge + 8.0 * output_values * splits / kBytes : 0;
+    const double time = rounds * (ceil_div(blocks_kv, splits) * block + kStart) + merge;
     if (splits == 1 || time < best_time) best = splits, best_time = time;
   }
   return best;
@@ -107,8 +114,10 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   if (p.window_left >= 0 && p.window_right >= 0)
     seen = std::min(seen, p.window_left + p.window_right + ceil_div(tile.block_q, args.pack));
   const int64_t slots = int64_t{gpu.multiprocessors} * tile.blocks_per_sm;
-  args.splits = choose_splits(args.heads * args.blocks_q, slots, ceil_div(seen, tile.block_kv));
-  args.partial_rows = p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;
+  args.partial_rows =
+      p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;
+  args.splits = choose_splits(plan.variant, tile, args.heads * args.blocks_q, slots,
+                              ceil_div(seen, tile.block_kv), args.partial_rows * p.head_dim_v);
   return plan;
 }
 

@@ -124,6 +124,7 @@ FX_DEVICE void write_output(typename Config::Output& o, typename Config::QTile q
     });
     return;
   }
+  copy_wait<0>();  // q has arrived, also where there was no block of keys to wait for it
   __syncthreads();  // nobody reads q any more
   o.store(q_smem, warp_row);
   __syncthreads();  // the whole tile is there
