@@ -139,7 +139,9 @@ def text_table(results):
 def main():
     parser = common.arguments(__doc__)
     parser.add_argument("--rows", nargs="+", metavar="TEXT", help="rows whose name contains one of these")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each, of which the median is taken")
+    parser.add_argument(
+        "--rounds", type=int, default=3, metavar="N", help="turns of each, of which the median is taken"
+    )
     parser.add_argument("--turn", type=float, default=0.05, metavar="S", help="seconds that a turn lasts at least")
     options = parser.parse_args()
     common.apply(options)

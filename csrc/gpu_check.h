@@ -2,8 +2,8 @@
 #pragma once
 #include "checks.h"
 
-#define FX_CUDA_CHECK(call)                                                        \
-  do {                                                                             \
-    const auto status = (call);                                                    \
+#define FX_CUDA_CHECK(call)                                                                \
+  do {                                                                                     \
+    const auto status = (call);                                                            \
     FX_CHECK(status == cudaSuccess, "flash_ext on the GPU: ", cudaGetErrorString(status)); \
   } while (false)

@@ -145,13 +145,13 @@ def gpu_obstacle(query, value, alibi_slopes, learns):
         return f"it has head_dim up to {GPU_HEAD_DIM}, not {head_dim}"
     if learns or (alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled()):
         return "a gradient is needed, and it has no backward yet"
+    if torch.version.hip or torch.compiler.is_compiling():  # Dynamo cannot follow the cache; the op itself would raise
+        return None
     return device_obstacle(query.device.index)
 
 
 @cache
 def device_obstacle(index):
-    if torch.version.hip:
-        return None
     major, minor = torch.cuda.get_device_capability(index)
     return None if major >= 8 else f"it needs sm_80 or newer, this GPU is sm_{major}{minor}"
 

@@ -25,8 +25,8 @@ bool in_chunks(const TensorView& t, int64_t head_dim) {
 
 // Rows that cannot be read or written 16 bytes at a time, and options that change scores.
 bool needs_general(const AttnParams& p) {
-  const bool chunks = in_chunks(p.q, 8) && in_chunks(p.k, 8) && in_chunks(p.v, 8) &&
-                      in_chunks(p.o, p.head_dim_v);
+  const bool chunks =
+      in_chunks(p.q, 8) && in_chunks(p.k, 8) && in_chunks(p.v, 8) && in_chunks(p.o, p.head_dim_v);
   return !chunks || p.mask.data || p.softcap > 0 || p.alibi_slopes || p.dropout_threshold;
 }
 
@@ -67,11 +67,11 @@ FwdLauncher find_fwd_of(FwdVariant v) {
 }  // namespace
 
 GpuFacts gpu_facts(int device) {
-  return {attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrWarpSize, device),
-          attribute(kAmd ? cudaDevAttrMaxSharedMemoryPerBlock
-                         : cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                    device),
-          attribute(cudaDevAttrL2CacheSize, device)};
+  return {
+      attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrWarpSize, device),
+      attribute(kAmd ? cudaDevAttrMaxSharedMemoryPerBlock : cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                device),
+      attribute(cudaDevAttrL2CacheSize, device)};
 }
 
 FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
@@ -88,7 +88,9 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   FwdPlan plan{{p.dtype, *head_dim, false, needs_general(p)}, {p}};
   FwdArgs& args = plan.args;
   const bool shares_kv = group > 1;
-  const auto tile_holds_all = [&](FwdVariant v) { return p.seq_q * group <= fwd_tile(v, kAmd).block_q; };
+  const auto tile_holds_all = [&](FwdVariant v) {
+    return p.seq_q * group <= fwd_tile(v, kAmd).block_q;
+  };
   plan.variant.few_rows = tile_holds_all({p.dtype, *head_dim, true, false});
   if (!plan.variant.few_rows && tile_holds_all({p.dtype, *head_dim, false, true}))
     plan.variant.general = true;  // its tile is smaller
@@ -106,8 +108,9 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
 
   const int64_t kv_bytes = std::max<int64_t>(p.seq_kv * (p.head_dim + p.head_dim_v) * 2, 1);
   const int64_t q_heads_of_kv = group / args.pack;
-  args.heads_at_once = static_cast<int>(std::clamp<int64_t>(
-      gpu.l2_bytes / 2 / kv_bytes * q_heads_of_kv, q_heads_of_kv, std::max<int64_t>(args.heads, 1)));
+  args.heads_at_once =
+      static_cast<int>(std::clamp<int64_t>(gpu.l2_bytes / 2 / kv_bytes * q_heads_of_kv,
+                                           q_heads_of_kv, std::max<int64_t>(args.heads, 1)));
 
   // A window leaves fewer keys to divide.
   int64_t seen = p.seq_kv;

@@ -11,9 +11,9 @@ struct FwdArgs {
   // Heads that share a KV head and are packed into one tile: row r is query r / pack of the
   // (r % pack)-th of them. 1: a tile is of one head.
   int pack = 1;
-  int blocks_q = 0;          // tiles that the longest sequence's rows fill
+  int blocks_q = 0;           // tiles that the longest sequence's rows fill
   int64_t heads = 0;          // batch * heads_q / pack
-  int heads_at_once = 1;     // whose K and V stay in the L2 cache together
+  int heads_at_once = 1;      // whose K and V stay in the L2 cache together
   bool longest_last = false;  // the last rows see the most keys, and are started first
   // The keys of a tile are divided among `splits` thread blocks, whose results combine.cu merges.
   int splits = 1;

@@ -2,6 +2,4 @@
 
 #include "fwd_launch.h"
 
-namespace flash_ext {
-template FwdLauncher find_fwd<DType::bf16, 96>(FwdVariant);
-}
+namespace flash_ext { template FwdLauncher find_fwd<DType::bf16, 96>(FwdVariant); }

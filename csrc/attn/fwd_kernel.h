@@ -46,11 +46,8 @@ struct KvLoader {
   bool chunks;
 
   FX_DEVICE KvLoader(const TensorView& t, const FwdTask& task, int cols)
-      : base(static_cast<const T*>(t.data) + task.kv_offset(t)),
-        stride(t.seq_stride),
-        rows(task.seq_kv),
-        cols(cols),
-        chunks(in_chunks(t)) {}
+      : base(static_cast<const T*>(t.data) + task.kv_offset(t)), stride(t.seq_stride),
+        rows(task.seq_kv), cols(cols), chunks(in_chunks(t)) {}
 
   FX_DEVICE void load(typename Config::KvTile dst, int block) const {
     load_tile<Config::kThreads, !Config::kGeneral>(
@@ -97,10 +94,8 @@ FX_DEVICE void normalise(typename Config::Output& o, typename Config::Softmax& s
     if (row >= task.rows || !o.speaks_for_row()) return;
     const float lse = sum == 0.f ? -INFINITY : top + log2f(sum);
     const int64_t at = task.lse_offset(p, row);
-    if (args.splits == 1)
-      static_cast<float*>(p.lse)[at] = lse * kLn2;
-    else
-      args.lse_partial[task.split * args.partial_rows + at] = lse;
+    if (args.splits == 1) static_cast<float*>(p.lse)[at] = lse * kLn2;
+    else args.lse_partial[task.split * args.partial_rows + at] = lse;
   });
   o.for_each([&](float& x, int m, int r, int) { x *= factor.v[m][r]; });
 }
@@ -124,7 +119,7 @@ FX_DEVICE void write_output(typename Config::Output& o, typename Config::QTile q
     });
     return;
   }
-  copy_wait<0>();  // q has arrived, also where there was no block of keys to wait for it
+  copy_wait<0>();   // q has arrived, also where there was no block of keys to wait for it
   __syncthreads();  // nobody reads q any more
   o.store(q_smem, warp_row);
   __syncthreads();  // the whole tile is there
@@ -203,7 +198,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       apply_band(s, task, task.row0 + warp_row, kv0);
 
     // Where everything is masked, -inf * scale must not be NaN: a scale of 0 is nearly 0.
-    const float scale = Config::kGeneral ? 1.f : fmaxf(static_cast<float>(p.scale) * kLog2e, 1e-37f);
+    const float scale =
+        Config::kGeneral ? 1.f : fmaxf(static_cast<float>(p.scale) * kLog2e, 1e-37f);
     softmax.step(s, o, scale);
     if constexpr (Config::kGeneral)
       if (p.dropout_threshold) apply_dropout(s, p, task, task.row0 + warp_row, kv0);

@@ -7,11 +7,11 @@
 namespace flash_ext {
 
 struct FwdTask {
-  int batch, head, kv_head;    // head: that of row 0
-  int row0, rows;              // the tile's first row; all rows, see FwdArgs::pack
+  int batch, head, kv_head;  // head: that of row 0
+  int row0, rows;            // the tile's first row; all rows, see FwdArgs::pack
   int pack;
-  int64_t first_q, first_k;    // where the sequence starts in packed tensors
-  int left, right;             // query i sees the keys from i - left to i + right
+  int64_t first_q, first_k;  // where the sequence starts in packed tensors
+  int left, right;           // query i sees the keys from i - left to i + right
   int seq_kv;
   int split;
   int block_begin, block_end;  // blocks of keys
@@ -22,8 +22,9 @@ struct FwdTask {
 
   // Element offset of a row of q or o.
   FX_DEVICE int64_t offset(const TensorView& t, int row) const {
-    return batch * t.batch_stride + head_of(row) * t.head_stride +
-           (first_q + query(row)) * t.seq_stride;
+    const int64_t first = batch * t.batch_stride + head * t.head_stride + first_q * t.seq_stride;
+    if (pack == 1) return first + row * t.seq_stride;
+    return first + row % pack * t.head_stride + row / pack * t.seq_stride;
   }
   // Element offset of the KV head's first key.
   FX_DEVICE int64_t kv_offset(const TensorView& t) const {
@@ -57,10 +58,23 @@ FX_DEVICE FwdTask fwd_task(const FwdArgs& args) {
   const int row0 = (args.longest_last ? args.blocks_q - 1 - block_q : block_q) * kBlockQ;
 
   const BandMask band(p, seq_q, seq_kv);
-  FwdTask t{batch, head, head / static_cast<int>(static_cast<unsigned>(p.heads_q) / static_cast<unsigned>(p.heads_kv)), row0,
-            static_cast<int>(seq_q) * args.pack, args.pack, first_q, first_k,
-            static_cast<int>(band.left), static_cast<int>(band.right), static_cast<int>(seq_kv),
-            static_cast<int>(split), 0, 0, 0, 0};
+  FwdTask t{
+      batch,
+      head,
+      head / static_cast<int>(static_cast<unsigned>(p.heads_q) / static_cast<unsigned>(p.heads_kv)),
+      row0,
+      static_cast<int>(seq_q) * args.pack,
+      args.pack,
+      first_q,
+      first_k,
+      static_cast<int>(band.left),
+      static_cast<int>(band.right),
+      static_cast<int>(seq_kv),
+      static_cast<int>(split),
+      0,
+      0,
+      0,
+      0};
   const int first = t.query(row0), last = t.query(std::min(row0 + kBlockQ, t.rows) - 1);
   const KeyRange any = band.visible(first, last);
   if (row0 >= t.rows || any.begin >= any.end) return t;

@@ -4,7 +4,8 @@
 
 namespace flash_ext {
 
-inline constexpr int kFwdHeadDims[] = {32, 64, 96, 128, 192, 256};  // others are filled up with zeros
+inline constexpr int kFwdHeadDims[] = {32,  64,  96,
+                                       128, 192, 256};  // others are filled up with zeros
 
 struct FwdVariant {
   DType dtype;

@@ -57,8 +57,7 @@ FX_DEVICE void load_tile(SharedTile<T, kRows, kCols> dst, Address address, int r
     for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
       const int row = i / kChunks, col = i % kChunks * 8;
       const int count = row0 + row < rows ? std::clamp(cols - col, 0, 8) : 0;
-      *reinterpret_cast<uint4*>(dst.at(row, col)) =
-          load_elements(address(row0 + row) + col, count);
+      *reinterpret_cast<uint4*>(dst.at(row, col)) = load_elements(address(row0 + row) + col, count);
     }
   }
 }

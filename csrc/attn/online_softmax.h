@@ -50,9 +50,7 @@ struct OnlineSoftmax {
   }
 
   // What to subtract; a row that has seen nothing has no maximum.
-  FX_DEVICE static float shift(float reference) {
-    return reference == -INFINITY ? 0.f : reference;
-  }
+  FX_DEVICE static float shift(float reference) { return reference == -INFINITY ? 0.f : reference; }
 };
 
 }  // namespace flash_ext

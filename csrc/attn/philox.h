@@ -25,7 +25,7 @@ constexpr Philox4 philox4x32_10(Philox4 counter, uint32_t key0, uint32_t key1) {
 // The random 16 bits of eight neighbouring keys, 8·group to 8·group + 7: key j reads half j & 1
 // (low first) of word (j & 7) / 2.
 constexpr Philox4 dropout_bits(uint64_t seed, uint64_t offset, uint32_t batch_head, uint32_t query,
-                            uint32_t group) {
+                               uint32_t group) {
   return philox4x32_10({{group, query, batch_head, uint32_t(offset)}}, uint32_t(seed),
                        uint32_t(seed >> 32));
 }

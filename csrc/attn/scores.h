@@ -40,7 +40,8 @@ FX_DEVICE void apply_options(AccTile<T, kRows, kCols>& s, const AttnParams& p, c
       const int row = row_of(m, r);
       x = static_cast<const float*>(
           p.alibi_slopes)[task.batch * p.alibi_batch_stride + task.head_of(row)];
-      here.v[m][r] = static_cast<float>(task.query(row) + task.seq_kv - task.rows / task.pack - kv0);
+      here.v[m][r] =
+          static_cast<float>(task.query(row) + task.seq_kv - task.rows / task.pack - kv0);
     });
     s.for_each([&](float& x, int m, int r, int col) {
       x -= slope.v[m][r] * fabsf(here.v[m][r] - static_cast<float>(col));
@@ -73,8 +74,7 @@ FX_DEVICE void apply_dropout(AccTile<T, kRows, kCols>& s, const AttnParams& p, c
     const int row = row0 + s.row(m, slot), key = kv0 + col;
     if (key / 8 != last_group || row != last_row) {
       last_group = key / 8, last_row = row;
-      const uint32_t batch_head =
-          static_cast<uint32_t>(task.batch * p.heads_q + task.head_of(row));
+      const uint32_t batch_head = static_cast<uint32_t>(task.batch * p.heads_q + task.head_of(row));
       bits = dropout_bits(seed, offset, batch_head, task.query(row), last_group);
     }
     const int word = key % 8 / 2;

@@ -9,16 +9,24 @@ namespace flash_ext {
 // Lane layout of acc: https://docs.nvidia.com/cuda/parallel-thread-execution/#warp-level-matrix-fragment-mma-16816-float
 template <typename T>
 struct MmaAtom {
-  static constexpr int kAccRegs = 8;      // accumulators a lane holds
-  static constexpr int kRowsPerLane = 2;  // ... which lie in this many rows
+  static constexpr int kAccRegs = 8;          // accumulators a lane holds
+  static constexpr int kRowsPerLane = 2;      // ... which lie in this many rows
   static constexpr bool kColsInPairs = true;  // registers 2j and 2j + 1 are neighbours in a row
-  struct A { uint32_t reg[4]; };
-  struct B { uint32_t reg[4]; };
-  struct Acc { float reg[kAccRegs]; };
+  struct A {
+    uint32_t reg[4];
+  };
+  struct B {
+    uint32_t reg[4];
+  };
+  struct Acc {
+    float reg[kAccRegs];
+  };
 
   FX_DEVICE static constexpr int row_slot(int i) { return (i / 2) % 2; }
   FX_DEVICE static int row(int slot) { return static_cast<int>(lane_id()) / 4 + 8 * slot; }
-  FX_DEVICE static int col(int i) { return static_cast<int>(lane_id() % 4) * 2 + i % 2 + 8 * (i / 4); }
+  FX_DEVICE static int col(int i) {
+    return static_cast<int>(lane_id() % 4) * 2 + i % 2 + 8 * (i / 4);
+  }
 
   // Four neighbouring lanes share a row.
   template <typename Op>
@@ -62,11 +70,13 @@ struct MmaAtom {
  private:
   FX_DEVICE static void mma_16x8(float* c, const uint32_t* a, const uint32_t* b) {
     if constexpr (std::is_same_v<T, half_t>)
-      asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+          "{%8,%9}, {%0,%1,%2,%3};"
           : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
           : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     else
-      asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+          "{%8,%9}, {%0,%1,%2,%3};"
           : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
           : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
@@ -75,17 +85,18 @@ struct MmaAtom {
     const uint32_t addr = static_cast<uint32_t>(__cvta_generic_to_shared(data)) + 2 * offset;
     if constexpr (kTrans)
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-          : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(addr));
+                   : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                   : "r"(addr));
     else
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-          : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(addr));
+                   : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                   : "r"(addr));
   }
   FX_DEVICE static uint32_t pack(float lo, float hi) {
     uint32_t r;
     if constexpr (std::is_same_v<T, half_t>)
       asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-    else
-      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
     return r;
   }
 };
