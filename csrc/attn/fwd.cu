@@ -1,6 +1,7 @@
 #include "../vendor.h"
 
 #include <algorithm>
+#include <cmath>
 #include <iterator>
 
 #include "../gpu_check.h"
@@ -35,7 +36,7 @@ bool needs_general(const AttnParams& p) {
 int choose_splits(const FwdVariant& v, const FwdTile& tile, int64_t tiles, int64_t slots,
                   int64_t blocks_kv, int64_t output_values) {
   constexpr double kFlopsOfSlot = 1.2e6, kBytes = 4e6;  // a microsecond
-  constexpr double kStart = 2.0, kMerge = 4.0, kFewRowsBlock = 0.8;
+  constexpr double kStart = 2.0, kMerge = 4.0, kFewRowsBlock = 1.5;
   if (tiles >= 2 * slots) return 1;
   const double flops = 4.0 * tile.block_q * tile.block_kv * v.head_dim;
   const double bytes = 4.0 * tile.block_kv * v.head_dim;
@@ -44,7 +45,8 @@ int choose_splits(const FwdVariant& v, const FwdTile& tile, int64_t tiles, int64
   double best_time = 0;
   for (int splits = 1; splits <= std::min<int64_t>(kMostSplits, blocks_kv); ++splits) {
     const double rounds = ceil_div(tiles * splits, slots);
-    const double block = std::max(compute, bytes * std::min(tiles * splits, slots) / kBytes);
+    const double memory = bytes * std::min(tiles * splits, slots) / kBytes;
+    const double block = std::sqrt(compute * compute + memory * memory);
     const double merge = splits > 1 ? kMerge + 8.0 * output_values * splits / kBytes : 0;
     const double time = rounds * (ceil_div(blocks_kv, splits) * block + kStart) + merge;
     if (splits == 1 || time < best_time) best = splits, best_time = time;

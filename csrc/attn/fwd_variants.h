@@ -29,8 +29,8 @@ struct FwdTile {
   }
 };
 
-// The tiles fit 64 KB of shared memory, but for the plain ones with many rows: above head_dim 128
-// those need 144 KB, and where there is less the general ones take their place.
+// The tiles fit 72 KB of shared memory, but for plain ones with many rows: those need 96 KB at
+// head_dim 96 and 128 KB at 256, and where there is less the general ones take their place.
 constexpr FwdTile fwd_tile(FwdVariant v, bool amd) {
   const int block_kv = v.head_dim <= 128 ? 64 : 32;
   if (amd) return {v.few_rows ? 16 : 64, block_kv, v.few_rows ? 1 : 4, 1, 1, v.head_dim <= 128};
@@ -41,7 +41,7 @@ constexpr FwdTile fwd_tile(FwdVariant v, bool amd) {
     case 64: return {128, 64, 4, 2, 3, false};
     case 96: return {128, 64, 4, 2, 2, false};
     case 128: return {128, 32, 4, 2, 2, false};
-    case 192: return {128, 64, 8, 2, 1, false};
+    case 192: return {64, 64, 4, 1, 2, false};
     default: return {128, 64, 8, 1, 1, false};
   }
 }
