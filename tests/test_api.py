@@ -42,9 +42,8 @@ def close(actual, expected):
 OPCHECK = ["plain", "everything", "packed", "packed-everything", "bshd-options", "strides-last", "empty-kv-options"]
 
 
-def op_arguments(name, dtype, requires_grad=True):
-    """(op name, positional arguments) of a case, as the public function passes them."""
-    inputs = make_inputs(by_id[name], dtype)
+def op_calls(inputs):
+    """The ops that a case calls, and with what."""
     found = []
 
     class Record(torch.utils._python_dispatch.TorchDispatchMode):
@@ -64,7 +63,7 @@ def op_arguments(name, dtype, requires_grad=True):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPCHECK)
 def test_opcheck(name, dtype):
-    calls = op_arguments(name, dtype)
+    calls = op_calls(make_inputs(by_id[name], dtype))
     assert [str(op).split(".")[1].split("_")[-1] for op, _ in calls] == ["fwd", "bwd"]
     for op, args in calls:
         floating = [x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()]
@@ -129,7 +128,7 @@ def test_compile_packed(backend, dynamo):
         return flash_ext.attn_varlen(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=True, backend=backend)
 
     compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
-    for name in ("packed", "packed-long", "packed-decode"):
+    for name in ("packed", "packed-long"):
         inputs = make_inputs(by_id[name])
         out = compiled(*inputs.args)
         close(out, f(*inputs.args))
@@ -403,6 +402,27 @@ def test_autocast_in_compiled_code(dynamo):
 
     out = torch.compile(f, fullgraph=True, backend="aot_eager")(q, k, v)
     assert out.dtype == torch.bfloat16 and torch.equal(out, f(q, k, v))
+
+
+# ---- deterministic
+
+
+@pytest.mark.parametrize("name", ["causal", "packed-causal"])
+def test_deterministic_reaches_the_backward(name):
+    def asked_of_backward(deterministic):
+        inputs = make_inputs(by_id[name])
+        inputs.options["deterministic"] = deterministic
+        return [args[-1] for op, args in op_calls(inputs) if "bwd" in str(op)]
+
+    assert asked_of_backward(True) == [True]
+    assert asked_of_backward(False) == [False]
+    assert asked_of_backward(None) == [False]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert asked_of_backward(None) == [True]
+        assert asked_of_backward(False) == [False]
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 # ---- FLOP counts
