@@ -123,8 +123,9 @@ def check_name(name):
 
 
 def build_info():
-    """What is installed: a dict of strings; of the native extension, how it was built."""
+    """What is installed, a dict of strings: "torch" is the one that runs, "build_torch" the one it was built with."""
     info = {"flash_ext": __version__, "torch": torch.__version__}
     if native is None:
         return info | {"extension": f"not loaded: {native_error}"}
-    return info | {"extension": "loaded"} | native.build_info()
+    built = native.build_info()
+    return info | {"extension": "loaded", "build_torch": built.pop("torch")} | built

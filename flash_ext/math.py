@@ -8,6 +8,8 @@ import torch
 from . import arguments
 from .checks import acc_dtype, check_cu_seqlens, check_dense, check_varlen
 
+AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
 
 def math(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=True, *, window=None,
@@ -42,7 +44,7 @@ def math_varlen(
 def run(definition, q, k, v, *args, **kwargs):
     """The definition with q, k, v cast where torch.autocast is on, and its arithmetic out of autocast's reach."""
     device_type = q.device.type
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+    if device_type not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
         return definition(q, k, v, *args, **kwargs)
     dtype = torch.get_autocast_dtype(device_type)
     q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))

@@ -97,6 +97,22 @@ def gradient_like(tensor):
 for name in ("attn_fwd", "attn_bwd", "attn_varlen_fwd", "attn_varlen_bwd"):
     torch.library.register_fake(f"flash_ext::{name}", globals()[f"fake_{name}"], lib=lib)
 
+# ---- other devices: the dispatcher alone would not say which argument is on one
+
+
+def refuse(fake):
+    def kernel(*args):
+        fake(*args)  # raises where they are mixed
+        raise RuntimeError(f"flash_ext has no native kernel for tensors on {args[0].device.type}; use backend='math'")
+
+    return kernel
+
+
+for name in ("attn_fwd", "attn_bwd", "attn_varlen_fwd", "attn_varlen_bwd"):
+    for key in ("CUDA", "MPS", "XPU"):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"flash_ext::{name}", key):
+            lib.impl(name, refuse(globals()[f"fake_{name}"]), key)
+
 # ---- autograd: kernels of our own, because those of torch.library.register_autograd cost 40 us a call, fail in
 # ---- torch.func.grad and drop forward-mode tangents silently
 

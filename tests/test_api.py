@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from torch.func import grad, jacrev, jvp, vmap
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import flash_ext
 from flash_ext.testing import CASES, Case, make_inputs, run
@@ -42,9 +42,8 @@ def close(actual, expected):
 OPCHECK = ["plain", "everything", "packed", "packed-everything", "bshd-options", "strides-last", "empty-kv-options"]
 
 
-def op_arguments(name, dtype, requires_grad=True):
-    """(op name, positional arguments) of a case, as the public function passes them."""
-    inputs = make_inputs(by_id[name], dtype)
+def op_calls(inputs):
+    """The ops that a case calls, and with what."""
     found = []
 
     class Record(torch.utils._python_dispatch.TorchDispatchMode):
@@ -64,7 +63,7 @@ def op_arguments(name, dtype, requires_grad=True):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPCHECK)
 def test_opcheck(name, dtype):
-    calls = op_arguments(name, dtype)
+    calls = op_calls(make_inputs(by_id[name], dtype))
     assert [str(op).split(".")[1].split("_")[-1] for op, _ in calls] == ["fwd", "bwd"]
     for op, args in calls:
         floating = [x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()]
@@ -129,7 +128,7 @@ def test_compile_packed(backend, dynamo):
         return flash_ext.attn_varlen(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=True, backend=backend)
 
     compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
-    for name in ("packed", "packed-long", "packed-decode"):
+    for name in ("packed", "packed-long"):
         inputs = make_inputs(by_id[name])
         out = compiled(*inputs.args)
         close(out, f(*inputs.args))
@@ -405,6 +404,27 @@ def test_autocast_in_compiled_code(dynamo):
     assert out.dtype == torch.bfloat16 and torch.equal(out, f(q, k, v))
 
 
+# ---- deterministic
+
+
+@pytest.mark.parametrize("name", ["causal", "packed-causal"])
+def test_deterministic_reaches_the_backward(name):
+    def asked_of_backward(deterministic):
+        inputs = make_inputs(by_id[name])
+        inputs.options["deterministic"] = deterministic
+        return [args[-1] for op, args in op_calls(inputs) if "bwd" in str(op)]
+
+    assert asked_of_backward(True) == [True]
+    assert asked_of_backward(False) == [False]
+    assert asked_of_backward(None) == [False]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert asked_of_backward(None) == [True]
+        assert asked_of_backward(False) == [False]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 # ---- FLOP counts
 
 
@@ -421,11 +441,9 @@ def test_flops_by_torchs_convention():
     counts = flops(lambda: flash_ext.attn(q, k, v, is_causal=True).sum().backward())
     assert counts == {"attn_fwd": 2 * pairs * (8 + 6), "attn_bwd": 2 * pairs * (3 * 8 + 2 * 6)}
     assert flops(lambda: flash_ext.attn(q.detach(), k, v)) == {"attn_fwd": 2 * pairs * (8 + 6)}
-    from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
-
-    out_shape = (2, 4, 5, 6)
-    assert counts["attn_fwd"] == sdpa_flop_count(q.shape, k.shape, v.shape)
-    assert counts["attn_bwd"] == sdpa_backward_flop_count(out_shape, q.shape, k.shape, v.shape)
+    shapes = (2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6)  # older torch counts no grouped heads
+    assert counts["attn_fwd"] == sdpa_flop_count(*shapes)
+    assert counts["attn_bwd"] == sdpa_backward_flop_count((2, 4, 5, 6), *shapes)
 
 
 def test_flops_of_packed_sequences():
@@ -480,7 +498,9 @@ def test_use_backend():
 def test_build_info():
     info = flash_ext.build_info()
     assert info["flash_ext"] == flash_ext.__version__ and info["torch"] == torch.__version__
-    assert info["extension"] == "loaded" and all(isinstance(value, str) for value in info.values())
+    assert (
+        info["extension"] == "loaded" and info["build_torch"] and all(isinstance(value, str) for value in info.values())
+    )
 
 
 WITHOUT_EXTENSION = """

@@ -45,6 +45,8 @@ def test_max_seqlen_may_be_more_than_the_longest(backend):
     inputs = make_inputs(next(case for case in CASES if case.id == "packed-causal"))
     *args, max_q, max_k = inputs.args
     exact = flash_ext.attn_varlen(*args, max_q, max_k, is_causal=True, backend=backend)
+    as_tensors = flash_ext.attn_varlen(*args, torch.tensor(max_q), torch.tensor(max_k), is_causal=True, backend=backend)
+    assert torch.equal(as_tensors, exact)
     roomy = flash_ext.attn_varlen(*args, max_q + 100, max_k + 1, is_causal=True, backend=backend)
     torch.testing.assert_close(roomy, exact)
 
