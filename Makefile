@@ -1,4 +1,5 @@
 # make demo | test | bench | lint | format | clean
+#   make test ARGS="-k decode"    make bench BENCHES=cpu ARGS="--rows decode"    make demo PYTHON=python3.12 VENV=.venv312
 # Needs python3 (3.10 or newer), a C++ compiler and make. Everything is installed into .venv, which is made when missing;
 # a torch that python3 has already is used. Nothing is done twice: the second call starts at once.
 
@@ -6,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_SPEC ?= torch>=2.10
 ARGS ?=
+BENCHES ?= cpu overhead memory
 
 # Without a GPU, torch's CPU build (0.2 GB instead of several) is taken where pip finds it. TORCH_INDEX= turns that off.
 ifeq ($(wildcard /dev/nvidiactl /dev/kfd)$(PIP_INDEX_URL)$(PIP_NO_INDEX)$(filter-out Linux,$(shell uname -s)),)
@@ -23,7 +25,7 @@ test: $(VENV)/.with-test
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/.with-bench
-	$(BIN)/python bench/bench.py $(ARGS)
+	for bench in $(BENCHES); do $(BIN)/python bench/$$bench.py $(ARGS) || exit 1; done
 
 lint: $(VENV)/.with-dev
 	$(BIN)/ruff check .
