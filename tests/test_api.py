@@ -365,14 +365,14 @@ def test_forward_mode_raises_in_compiled_code(dynamo):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", ["cpu", "math"])
-def test_autocast(backend, dtype):
-    q, k, v, mask, sinks, slopes = tensors(torch.float32)
+@pytest.mark.parametrize("backend", [None, "math"])
+def test_autocast(backend, dtype, device):
+    q, k, v, mask, sinks, slopes = (x.to(device) for x in tensors(torch.float32))
     options = dict(sinks=sinks, alibi_slopes=slopes, backend=backend)
     low = [x.to(dtype) for x in (q, k, v)]
     expected, expected_lse = flash_ext.attn(*low, mask, **options, return_lse=True)
     leaves = [x.clone().requires_grad_() for x in (q, k, v, mask)]
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(device, dtype=dtype):
         out, lse = flash_ext.attn(q, k, v, mask, **options, return_lse=True)
         mixed = flash_ext.attn(q, low[1], v.bfloat16(), mask, **options)
         with_grad = flash_ext.attn(*leaves, **options)
