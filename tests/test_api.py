@@ -457,6 +457,26 @@ def test_flops_of_packed_sequences():
     assert counts["attn_varlen_fwd"] == 2 * 4 * 2 * 5 * 10 * (8 + 6)
 
 
+COUNT = """
+import torch
+FIRST
+import sys, flash_ext
+assert ("torch.utils.flop_counter" in sys.modules) == COUNTED_BEFORE
+from torch.utils.flop_counter import FlopCounterMode
+q = torch.ones(1, 1, 3, 8)
+with FlopCounterMode(display=False) as counter:
+    flash_ext.attn(q, q, q)
+assert counter.get_total_flops() == 2 * 9 * 16
+assert not any(type(finder).__module__.startswith("flash_ext") for finder in sys.meta_path)
+"""
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_flops_whichever_is_imported_first(first):
+    program = COUNT.replace("FIRST", "import torch.utils.flop_counter" if first else "")
+    python(program.replace("COUNTED_BEFORE", str(first)))
+
+
 # ---- backends
 
 
