@@ -365,14 +365,14 @@ def test_forward_mode_raises_in_compiled_code(dynamo):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", ["cpu", "math"])
-def test_autocast(backend, dtype):
-    q, k, v, mask, sinks, slopes = tensors(torch.float32)
+@pytest.mark.parametrize("backend", [None, "math"])
+def test_autocast(backend, dtype, device):
+    q, k, v, mask, sinks, slopes = (x.to(device) for x in tensors(torch.float32))
     options = dict(sinks=sinks, alibi_slopes=slopes, backend=backend)
     low = [x.to(dtype) for x in (q, k, v)]
     expected, expected_lse = flash_ext.attn(*low, mask, **options, return_lse=True)
     leaves = [x.clone().requires_grad_() for x in (q, k, v, mask)]
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(device, dtype=dtype):
         out, lse = flash_ext.attn(q, k, v, mask, **options, return_lse=True)
         mixed = flash_ext.attn(q, low[1], v.bfloat16(), mask, **options)
         with_grad = flash_ext.attn(*leaves, **options)
@@ -455,6 +455,26 @@ def test_flops_of_packed_sequences():
         fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs.args]
         counts = flops(lambda: flash_ext.attn_varlen(*fake))
     assert counts["attn_varlen_fwd"] == 2 * 4 * 2 * 5 * 10 * (8 + 6)
+
+
+COUNT = """
+import torch
+FIRST
+import sys, flash_ext
+assert ("torch.utils.flop_counter" in sys.modules) == COUNTED_BEFORE
+from torch.utils.flop_counter import FlopCounterMode
+q = torch.ones(1, 1, 3, 8)
+with FlopCounterMode(display=False) as counter:
+    flash_ext.attn(q, q, q)
+assert counter.get_total_flops() == 2 * 9 * 16
+assert not any(type(finder).__module__.startswith("flash_ext") for finder in sys.meta_path)
+"""
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_flops_whichever_is_imported_first(first):
+    program = COUNT.replace("FIRST", "import torch.utils.flop_counter" if first else "")
+    python(program.replace("COUNTED_BEFORE", str(first)))
 
 
 # ---- backends

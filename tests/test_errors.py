@@ -237,6 +237,16 @@ def test_devices_without_a_kernel():
         flash_ext.registration.refuse(fake)(q, dense()["key"], v, 0.3)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["q", "k", "v", "attn_mask", "sinks"])
+def test_mixed_devices(name):
+    q, k, v = dense().values()
+    arguments = dict(query=q, key=k, value=v, attn_mask=torch.ones(5, 7), sinks=torch.ones(4))
+    wrong = {"q": "query", "k": "key", "v": "value"}.get(name, name)
+    with pytest.raises(ERRORS, match=f"^{'k' if name == 'q' else name}: expected a tensor on .*, got one on"):
+        flash_ext.attn(**(arguments | {wrong: arguments[wrong].cuda()}))
+
+
 @pytest.mark.sanitize
 @pytest.mark.parametrize("convert", [dict, as_fake], ids=["native", "fake"])
 @pytest.mark.parametrize("message", FORWARD)
