@@ -125,15 +125,23 @@ def gpu_compiler(device: str, home_of_torch: str | None) -> Compiler | None:
             homes = [os.environ[variable]]
             break
     else:
-        on_path = shutil.which(name)
-        homes = [Path(on_path).resolve().parents[1]] if on_path else []  # /usr/local/bin/nvcc is a link out of its home
-        homes += filter(None, [home_of_torch, usual])
+        homes = [home for home in (home_on_path(name), home_of_torch, usual) if home]
     command = next((str(Path(home, "bin", name)) for home in homes if Path(home, "bin", name).is_file()), None)
     if command is None:
         return None
     text = output_of([command, "--version"])
     match = re.search(version, text) or fail(f"{command} does not work: {text.strip() or 'it prints no version'}")
     return Compiler([command], name, (int(match[1]), int(match[2])))
+
+
+def home_on_path(name: str) -> Path | None:
+    """The command on PATH may be a link or a script outside of its toolkit, like /usr/local/bin/nvcc; nvcc can say."""
+    command = shutil.which(name)
+    if command is None:
+        return None
+    said = output_of([command, "--dryrun", "-E", "-x", "cu", "/dev/null"]) if name == "nvcc" else ""
+    top = re.search(r"TOP=(.+)", said)
+    return Path(top[1]).resolve() if top else Path(command).resolve().parents[1]
 
 
 def output_of(command: list[str]) -> str:
