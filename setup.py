@@ -106,15 +106,16 @@ def native():
             self.include_dirs = [path for path in self.include_dirs if Path(path) != throw_away]
 
         def build_extensions(self):
+            compilers = ", ".join(str(compiler) for compiler in (cxx, gpu) if compiler)
+            note(f"building {device} ({archs}) with {compilers} for torch {torch.__version__}, {mode}")
             facts = {
                 "VERSION": self.distribution.get_version(),
                 "BUILD_TORCH": torch.__version__,
                 "BUILD_DEVICE": device,
                 "BUILD_ARCHS": archs,
-                "BUILD_COMPILER": ", ".join(str(compiler) for compiler in (cxx, gpu) if compiler),
+                "BUILD_COMPILER": compilers,
                 "BUILD_MODE": mode,
             }
-            note("building " + ", ".join(f"{name} {value}".lower() for name, value in facts.items()))
             # For bindings.cpp; on the command line a new version or torch would recompile every file.
             header = build_temp / "flash_ext_build.h"
             text = "".join(f'#define FLASH_EXT_{name} "{value}"\n' for name, value in facts.items())
@@ -124,7 +125,7 @@ def native():
             try:
                 super().build_extensions()
             except Exception as error:
-                fail(f"the native build failed: {error}; what a compiler said is above")
+                fail(f"the native build failed; the compiler's first message above says why ({error})")
 
     # A CppExtension for GPUs, too: the kernels know no torch, and a CUDAExtension would need a CUDA torch to load.
     extension = cpp_extension.CppExtension(
