@@ -122,13 +122,13 @@ def test_compile_with_inductor(dynamo):
     assert not torch.equal(compiled(q, q, q), first)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "math"])
-def test_compile_packed(backend, dynamo):
+@pytest.mark.parametrize("backend, dynamic", [("cpu", True), ("math", False)])
+def test_compile_packed(backend, dynamic, dynamo):
     def f(q, k, v, cu_q, cu_k, max_q, max_k):
         return flash_ext.attn_varlen(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=True, backend=backend)
 
-    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
-    for name in ("packed", "packed-long"):
+    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for name in ("packed", "packed-long") if dynamic else ("packed",):
         inputs = make_inputs(by_id[name])
         out = compiled(*inputs.args)
         close(out, f(*inputs.args))
@@ -350,6 +350,9 @@ def test_forward_mode_raises_in_the_ops_themselves():
             ops.attn_bwd(
                 dual, None, q, q, q, out, lse, 0.3, -1, -1, False, 0.0, 0.0, None, None, None, None, False, False
             )
+        q_leaf = q.clone().requires_grad_()
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            torch.autograd.grad(flash_ext.attn(q_leaf, q, q), q_leaf, dual)
         # A level without a tangent in the call is no obstacle.
         close(flash_ext.attn(q, q, q, scale=0.3), out)
 
