@@ -1,8 +1,10 @@
 """Which backend runs a call, and why."""
 
 import importlib
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ._version import __version__
 
@@ -33,16 +35,16 @@ class use_backend:
     recompiles where it changes.
     """
 
-    def __init__(self, name):
+    def __init__(self, name: str) -> None:
         check_name(name)
         self.name = name
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         global forced
         self.previous = forced
         forced = self.name
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         global forced
         forced = self.previous
 
@@ -50,10 +52,10 @@ class use_backend:
 class Explanation:
     """What `explain` found: the `backend` that runs the call, or None, and `reasons`, why the others do not."""
 
-    def __init__(self, backend, reasons, call):
+    def __init__(self, backend: str | None, reasons: dict[str, str], call: str) -> None:
         self.backend, self.reasons, self.call = backend, reasons, call
 
-    def __str__(self):
+    def __str__(self) -> str:
         lines = [self.call]
         for name, what in BACKENDS.items():
             runs = name == self.backend
@@ -63,7 +65,15 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(query, key, value, *args, alibi_slopes=None, backend=None, **options):
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    alibi_slopes: Tensor | None = None,
+    backend: str | None = None,
+    **options: Any,
+) -> Explanation:
     """Says which backend `attn` (or `attn_varlen`) would run, and in a sentence each why not the others.
 
     Takes the arguments of either. Returns an object to print, with `.backend` (a name, or None where the wanted backend
@@ -122,7 +132,7 @@ def check_name(name):
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
 
 
-def build_info():
+def build_info() -> dict[str, str]:
     """What is installed, a dict of strings: "torch" is the one that runs, "build_torch" the one it was built with."""
     info = {"flash_ext": __version__, "torch": torch.__version__}
     if native is None:

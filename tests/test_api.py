@@ -1,6 +1,7 @@
 """The ops as torch sees them: compilation, export, transforms, autocast, counting; and the package itself."""
 
 import copy
+import inspect
 import os
 import pickle
 import subprocess
@@ -597,6 +598,21 @@ def test_public_names():
     for name in flash_ext.__all__:
         thing = getattr(flash_ext, name)
         assert thing is flash_ext.__version__ or thing.__doc__
+
+
+@pytest.mark.parametrize("name, definition", [("attn", "math"), ("attn_varlen", "math_varlen")])
+def test_the_definition_takes_the_same_arguments(name, definition):
+    native = inspect.signature(getattr(flash_ext, name)).parameters
+    math = dict(inspect.signature(getattr(flash_ext, definition)).parameters)
+    assert math.pop("compute_dtype").default is None
+    assert math.pop("backend").default == "math"
+    assert list(math.values()) == [parameter for key, parameter in native.items() if key != "backend"]
+
+
+def test_the_first_parameters_are_those_of_scaled_dot_product_attention():
+    schema = torch.ops.aten.scaled_dot_product_attention.default._schema
+    theirs = [argument.name for argument in schema.arguments]
+    assert list(inspect.signature(flash_ext.attn).parameters)[: len(theirs)] == theirs
 
 
 def test_tensor_subclass_and_modes():
