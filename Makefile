@@ -1,4 +1,5 @@
 # make demo | test | bench | lint | format | clean
+#   make test ARGS="-k decode"    make bench ARGS="--rows decode"    make demo PYTHON=python3.12 VENV=.venv312
 # Needs python3 (3.10 or newer), a C++ compiler and make. Everything is installed into .venv, which is made when missing;
 # a torch that python3 has already is used. Nothing is done twice: the second call starts at once.
 

@@ -8,9 +8,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from native_build import host_compiler
 from setuptools import build_meta as _setuptools
 from setuptools.build_meta import *  # noqa: F403  (the hooks that need no change)
+from toolchain import host_compiler
 from torch_probe import REQUIREMENT, find_torch
 
 
@@ -30,6 +30,18 @@ def get_requires_for_build_editable(config_settings=None):
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    _make_torch_importable()
     for leftover in Path("build").glob("lib*"):  # Python files that are gone from the tree would stay in the wheel
         shutil.rmtree(leftover)
     return _setuptools.build_wheel(wheel_directory, config_settings, metadata_directory)
+
+
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+    _make_torch_importable()
+    return _setuptools.build_editable(wheel_directory, config_settings, metadata_directory)
+
+
+def _make_torch_importable() -> None:
+    """For setup.py; behind everything else, so that the build requirements come from the build environment."""
+    torch = find_torch()
+    sys.path.extend(folder for folder in (torch.path if torch else []) if folder not in sys.path)

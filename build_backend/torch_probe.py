@@ -1,4 +1,4 @@
-"""Where is torch? Found without importing it, so that a build costs no second and needs no numpy, no GPU.
+"""Where is torch? Found without importing it, so that asking costs no second and needs no numpy, no GPU.
 
 pip's build isolation hides the packages of the environment that flash_ext is being installed into, but it runs
 the build with that environment's interpreter. So we ask the interpreter again, outside of the isolation. uv and
@@ -9,11 +9,13 @@ Run as a script, it prints the directory of torch (CMakeLists.txt does that).
 """
 
 import importlib.util
+import json
 import os
 import re
 import runpy
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +23,10 @@ OLDEST = (2, 10)
 REQUIREMENT = "torch>=2.10"
 
 _ASK = """
-import importlib.util, sys
+import importlib.util, json, sys, sysconfig
 sys.path.pop(0)  # the current directory
 spec = importlib.util.find_spec("torch")
-print(spec.origin if spec and spec.origin else "")
+print(json.dumps([spec and spec.origin, sysconfig.get_config_var("SOABI"), sys.path]))
 """
 
 
@@ -32,27 +34,23 @@ print(spec.origin if spec and spec.origin else "")
 class Torch:
     root: Path  # the directory of the package
     version: str
-    cuda: str | None  # the CUDA version it was built for
-    hip: str | None  # the ROCm version it was built for
-
-    @property
-    def include(self) -> Path:
-        return self.root / "include"
-
-    @property
-    def lib(self) -> Path:
-        return self.root / "lib"
+    path: list[str]  # the sys.path with which it can be imported
 
 
 def find_torch() -> Torch | None:
     """The torch to build against: the build's own (no isolation, or a build requirement), else the target's."""
     spec = importlib.util.find_spec("torch")
-    found = _read(spec.origin) if spec and spec.origin else None
+    found = _read(spec.origin, sys.path) if spec else None
     for python in _interpreters():
         if found:
             break
-        found = _read(_ask(python))
+        found = _ask(python)
     return found
+
+
+def new_enough(version: str) -> bool:
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return bool(numbers) and tuple(map(int, numbers.groups())) >= OLDEST
 
 
 def _interpreters():
@@ -68,25 +66,24 @@ def _interpreters():
             yield python
 
 
-def _ask(python: Path) -> str:
-    """The file torch/__init__.py as the interpreter sees it; -E leaves the isolation (PYTHONPATH) behind."""
+def _ask(python: Path) -> Torch | None:
+    """torch as the interpreter sees it; -E leaves the isolation (PYTHONPATH) behind."""
     try:
-        asked = subprocess.run([python, "-E", "-c", _ASK], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return asked.stdout.strip() if asked.returncode == 0 else ""
+        asked = subprocess.run([python, "-E", "-c", _ASK], capture_output=True, text=True, timeout=30, check=True)
+        origin, abi, path = json.loads(asked.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return _read(origin, path) if abi == sysconfig.get_config_var("SOABI") else None  # else we could not import it
 
 
-def _read(origin: str) -> Torch | None:
+def _read(origin: str | None, path: list[str]) -> Torch | None:
     """The facts in torch/version.py; None where it is missing or torch is too old for us."""
-    version_py = Path(origin).parent / "version.py"
+    version_py = Path(origin or "").parent / "version.py"
     if not origin or not version_py.is_file():
         return None
-    facts = runpy.run_path(str(version_py))
-    numbers = re.match(r"(\d+)\.(\d+)", facts["__version__"])
-    if not numbers or tuple(map(int, numbers.groups())) < OLDEST:
-        return None
-    return Torch(version_py.parent, str(facts["__version__"]), facts.get("cuda"), facts.get("hip"))
+    version = str(runpy.run_path(str(version_py))["__version__"])
+    root = version_py.parent
+    return Torch(root, version, [*path, str(root.parent)]) if new_enough(version) else None
 
 
 if __name__ == "__main__":

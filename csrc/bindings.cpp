@@ -45,6 +45,10 @@ STABLE_TORCH_LIBRARY(flash_ext, m) {
 
 #include "cpu/dispatch.h"
 
+#if __has_include("flash_ext_build.h")
+#include "flash_ext_build.h"  // setup.py writes it; CMake passes the same macros
+#endif
+
 namespace {
 
 #ifndef FLASH_EXT_VERSION

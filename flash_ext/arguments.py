@@ -41,6 +41,10 @@ def varlen(
         q, k, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, alibi_slopes, sinks, causal_align,
         deterministic,
     )  # fmt: skip
+    if isinstance(max_seqlen_q, torch.Tensor):  # a model's bookkeeping may say it so
+        max_seqlen_q = max_seqlen_q.item()
+    if isinstance(max_seqlen_k, torch.Tensor):
+        max_seqlen_k = max_seqlen_k.item()
     lengths = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k
     return q, k, v, *lengths, *place, *options
 

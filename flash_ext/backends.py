@@ -2,8 +2,10 @@
 
 import importlib
 from functools import cache
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from ._version import __version__
@@ -38,16 +40,16 @@ class use_backend:
     recompiles where it changes.
     """
 
-    def __init__(self, name):
+    def __init__(self, name: str) -> None:
         check_name(name)
         self.name = name
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         global forced
         self.previous = forced
         forced = self.name
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         global forced
         forced = self.previous
 
@@ -55,10 +57,10 @@ class use_backend:
 class Explanation:
     """What `explain` found: the `backend` that runs the call, or None, and `reasons`, why the others do not."""
 
-    def __init__(self, backend, reasons, call):
+    def __init__(self, backend: str | None, reasons: dict[str, str], call: str) -> None:
         self.backend, self.reasons, self.call = backend, reasons, call
 
-    def __str__(self):
+    def __str__(self) -> str:
         lines = [self.call]
         for name, what in BACKENDS.items():
             runs = name == self.backend
@@ -68,7 +70,17 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(query, key, value, *args, attn_mask=None, alibi_slopes=None, sinks=None, backend=None, **options):
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    attn_mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    backend: str | None = None,
+    **options: Any,
+) -> Explanation:
     """Says which backend `attn` (or `attn_varlen`) would run, and in a sentence each why not the others.
 
     Takes the arguments of either. Returns an object to print, with `.backend` (a name, or None where the wanted backend
@@ -168,9 +180,10 @@ def check_name(name):
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
 
 
-def build_info():
-    """What is installed: a dict of strings; of the native extension, how it was built."""
+def build_info() -> dict[str, str]:
+    """What is installed, a dict of strings: "torch" is the one that runs, "build_torch" the one it was built with."""
     info = {"flash_ext": __version__, "torch": torch.__version__}
     if native is None:
         return info | {"extension": f"not loaded: {native_error}"}
-    return info | {"extension": "loaded"} | native.build_info()
+    built = native.build_info()
+    return info | {"extension": "loaded", "build_torch": built.pop("torch")} | built

@@ -3,17 +3,38 @@
 It is the backend "math", and the reference of all tests. It materialises the [seq_q, seq_kv] scores.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from . import arguments
 from .checks import acc_dtype, check_cu_seqlens, check_dense, check_varlen
 
+AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
 
 def math(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=True, *, window=None,
-    softcap=0.0, alibi_slopes=None, sinks=None, causal_align="bottom_right", layout="bhsd", return_lse=False,
-    deterministic=None, backend="math", compute_dtype=None,
-):  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = True,
+    *,
+    window: Sequence[int] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    causal_align: str = "bottom_right",
+    layout: str = "bhsd",
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str = "math",
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`attn` on the backend "math". compute_dtype: the dtype of the arithmetic, for error bounds; default as `attn`."""
     args = arguments.dense(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, alibi_slopes, sinks,
@@ -26,10 +47,29 @@ def math(
 
 
 def math_varlen(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, attn_mask=None, dropout_p=0.0, is_causal=False,
-    scale=None, enable_gqa=True, *, window=None, softcap=0.0, alibi_slopes=None, sinks=None,
-    causal_align="bottom_right", return_lse=False, deterministic=None, backend="math", compute_dtype=None,
-):  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = True,
+    *,
+    window: Sequence[int] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    causal_align: str = "bottom_right",
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str = "math",
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`attn_varlen` on the backend "math"; compute_dtype as for `math`."""
     args = arguments.varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, attn_mask, dropout_p, is_causal, scale,
@@ -42,7 +82,7 @@ def math_varlen(
 def run(definition, q, k, v, *args, **kwargs):
     """The definition with q, k, v cast where torch.autocast is on, and its arithmetic out of autocast's reach."""
     device_type = q.device.type
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+    if device_type not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
         return definition(q, k, v, *args, **kwargs)
     dtype = torch.get_autocast_dtype(device_type)
     q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))

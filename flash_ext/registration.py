@@ -1,10 +1,10 @@
-"""What torch must know about the ops besides their kernels: fakes, autograd, autocast, vmap, FLOP counts."""
+"""What torch must know about the ops besides their kernels: fakes, autograd, autocast, vmap (FLOP counts: flops.py)."""
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import Function, forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
+from . import flops  # noqa: F401
 from .checks import acc_dtype, check_dense, check_dtype, check_same_device, check_varlen, fail, shape_of
 
 ops = torch.ops.flash_ext
@@ -96,6 +96,22 @@ def gradient_like(tensor):
 
 for name in ("attn_fwd", "attn_bwd", "attn_varlen_fwd", "attn_varlen_bwd"):
     torch.library.register_fake(f"flash_ext::{name}", globals()[f"fake_{name}"], lib=lib)
+
+# ---- other devices: the dispatcher alone would not say which argument is on one
+
+
+def refuse(fake):
+    def kernel(*args):
+        fake(*args)  # raises where they are mixed
+        raise RuntimeError(f"flash_ext has no native kernel for tensors on {args[0].device.type}; use backend='math'")
+
+    return kernel
+
+
+for name in ("attn_fwd", "attn_bwd", "attn_varlen_fwd", "attn_varlen_bwd"):
+    for key in ("CUDA", "MPS", "XPU"):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"flash_ext::{name}", key):
+            lib.impl(name, refuse(globals()[f"fake_{name}"]), key)
 
 # ---- autograd: kernels of our own, because those of torch.library.register_autograd cost 40 us a call, fail in
 # ---- torch.func.grad and drop forward-mode tangents silently
@@ -350,44 +366,3 @@ torch.library.register_vmap("flash_ext::attn_fwd", vmap_attn_fwd, lib=lib)
 torch.library.register_vmap("flash_ext::attn_bwd", vmap_attn_bwd, lib=lib)
 torch.library.register_vmap("flash_ext::attn_varlen_fwd", vmap_loop(ops.attn_varlen_fwd.default), lib=lib)
 torch.library.register_vmap("flash_ext::attn_varlen_bwd", vmap_loop(ops.attn_varlen_bwd.default), lib=lib)
-
-# ---- FLOP counts, by torch's convention for scaled_dot_product_attention: two matrix products forward, five backward,
-# ---- over all [seq_q, seq_kv] scores, masked or not
-
-
-def fwd_flop(pairs, q_shape, v_shape):
-    return 2 * pairs * (q_shape[-1] + v_shape[-1])
-
-
-def bwd_flop(pairs, q_shape, v_shape):
-    return 2 * pairs * (3 * q_shape[-1] + 2 * v_shape[-1])
-
-
-def packed_pairs(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
-    """Scores of all heads and sequences; fake tensors do not tell their lengths, so those count as the longest."""
-    lengths = [(max_seqlen_q, max_seqlen_k)] * (cu_seqlens_q.shape[0] - 1)
-    if type(cu_seqlens_q) is torch.Tensor and cu_seqlens_q.device.type != "meta":
-        lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)
-    return q.shape[1] * sum(seq_q * seq_kv for seq_q, seq_kv in lengths)
-
-
-@register_flop_formula(ops.attn_fwd)
-def attn_fwd_flop(q_shape, k_shape, v_shape, *args, **kwargs):
-    return fwd_flop(q_shape[0] * q_shape[1] * q_shape[2] * k_shape[2], q_shape, v_shape)
-
-
-@register_flop_formula(ops.attn_bwd)
-def attn_bwd_flop(grad_out_shape, grad_lse_shape, q_shape, k_shape, v_shape, *args, **kwargs):
-    return bwd_flop(q_shape[0] * q_shape[1] * q_shape[2] * k_shape[2], q_shape, v_shape)
-
-
-@register_flop_formula(ops.attn_varlen_fwd, get_raw=True)
-def attn_varlen_fwd_flop(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *args, **kwargs):
-    return fwd_flop(packed_pairs(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), q.shape, v.shape)
-
-
-@register_flop_formula(ops.attn_varlen_bwd, get_raw=True)
-def attn_varlen_bwd_flop(
-    grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *args, **kwargs
-):
-    return bwd_flop(packed_pairs(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), q.shape, v.shape)

@@ -18,11 +18,14 @@ torch.set_num_threads(1)
 
 def pytest_report_header():
     native = f"native on {backends.native.cpu_isa()}" if backends.native else f"no native: {backends.native_error}"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU, whose tests are left out"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU, whose tests are skipped"
     return f"flash_ext {flash_ext.__version__}, torch {torch.__version__}, {native}, {gpu}"
 
 
-@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
 def device(request):
     return request.param
 

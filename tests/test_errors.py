@@ -227,6 +227,26 @@ def as_fake(arguments):
     return {name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
 
 
+def test_devices_without_a_kernel():
+    """What torch runs for tensors on a GPU where the extension has nothing for it."""
+    fake = flash_ext.registration.fake_attn_fwd
+    q, k, v = (x.to(META) for x in dense().values())
+    with pytest.raises(RuntimeError, match="no native kernel for tensors on meta; use backend='math'"):
+        flash_ext.registration.refuse(fake)(q, k, v, 0.3)
+    with pytest.raises(ValueError, match="k: expected a tensor on meta as q, got one on cpu"):
+        flash_ext.registration.refuse(fake)(q, dense()["key"], v, 0.3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["q", "k", "v", "attn_mask", "sinks"])
+def test_mixed_devices(name):
+    q, k, v = dense().values()
+    arguments = dict(query=q, key=k, value=v, attn_mask=torch.ones(5, 7), sinks=torch.ones(4))
+    wrong = {"q": "query", "k": "key", "v": "value"}.get(name, name)
+    with pytest.raises(ERRORS, match=f"^{'k' if name == 'q' else name}: expected a tensor on .*, got one on"):
+        flash_ext.attn(**(arguments | {wrong: arguments[wrong].cuda()}))
+
+
 @pytest.mark.sanitize
 @pytest.mark.parametrize("convert", [dict, as_fake], ids=["native", "fake"])
 @pytest.mark.parametrize("message", FORWARD)

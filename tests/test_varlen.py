@@ -47,6 +47,9 @@ def test_max_seqlen_may_be_more_than_the_longest(forward_backend):
     *args, max_q, max_k = inputs.args
     with torch.no_grad():
         exact = flash_ext.attn_varlen(*args, max_q, max_k, is_causal=True, backend=forward_backend)
+        as_tensors = [torch.tensor(length, device="cpu") for length in (max_q, max_k)]
+        same = flash_ext.attn_varlen(*args, *as_tensors, is_causal=True, backend=forward_backend)
+        assert torch.equal(same, exact)
         roomy = flash_ext.attn_varlen(*args, max_q + 100, max_k + 1, is_causal=True, backend=forward_backend)
     torch.testing.assert_close(roomy, exact)
 

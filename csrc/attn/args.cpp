@@ -116,7 +116,7 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, DType dtype)
 
 // q, k, v against each other; fills the sizes and views.
 void read_qkv(const Tensor& q, const Tensor& k, const Tensor& v, bool packed, AttnParams& p) {
-  const int64_t rank = packed ? 3 : 4, heads = packed ? 1 : 1, dim = rank - 1;
+  const int64_t rank = packed ? 3 : 4, heads = 1, dim = rank - 1;
   check_rank(q, "q", rank,
              packed ? "[total_q, heads_q, head_dim]" : "[batch, heads_q, seq_q, head_dim]");
   check_rank(k, "k", rank,

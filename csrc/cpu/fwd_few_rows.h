@@ -130,11 +130,11 @@ void fwd_rows(const AttnParams& p, const FwdTask& t, const FwdParts& parts, Scra
       S rescale;
       if (scores.general()) {
         scores.apply(row[i], kv0, begin, end, s_row);
-        rescale = softmax_step<PlainMath<S>, true>(state[i], s_row, begin, end, S(1), keep, s_row, 0,
-                                                  int(round_up(keys, V::kLanes)));
+        rescale = softmax_step<PlainMath<S>, true>(state[i], s_row, begin, end, S(1), keep, s_row,
+                                                   0, int(round_up(keys, V::kLanes)));
       } else {
         rescale = softmax_step<PlainMath<S>, false>(state[i], s_row, begin, end, S(p.scale), keep,
-                                                   s_row, 0, int(round_up(keys, V::kLanes)));
+                                                    s_row, 0, int(round_up(keys, V::kLanes)));
       }
       if (rescale != 1)
         for (int64_t j = 0; j < acc_ld; j += V::kLanes)

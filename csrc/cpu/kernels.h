@@ -49,6 +49,9 @@ struct MaskGradTask {
 };
 
 struct Kernels {
+  int64_t few_rows;  // at most so many rows for fwd_few_rows
+  int64_t fwd_rows;  // block sizes, of which tasks are best multiples
+  int64_t bwd_rows, bwd_keys;
   void (*fwd)(const AttnParams&, const FwdTask&, const FwdParts&, Scratch&);
   void (*fwd_few_rows)(const AttnParams&, const FwdTask&, const FwdParts&, Scratch&);
   void (*fwd_combine)(const AttnParams&, const FwdTask&, int64_t parts, const FwdParts&, Scratch&);

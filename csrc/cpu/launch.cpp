@@ -13,13 +13,9 @@
 namespace flash_ext::cpu {
 namespace {
 
-constexpr int64_t kFewRows = 8;      // up to here K and V are not packed
 constexpr int64_t kTaskRows = 1024;  // so many rows share one packing of K and V
 constexpr int64_t kMinTaskRows = 96;
-constexpr int64_t kRowStep = 24;       // rows of a block of fwd.h
-constexpr int64_t kMinPartKeys = 512;  // a task gets no fewer keys when keys are split
-constexpr int64_t kBwdTaskKeys = 192;  // block sizes of bwd.h
-constexpr int64_t kBwdTaskRows = 96;
+constexpr int64_t kMinPartKeys = 512;     // a task gets no fewer keys when keys are split
 constexpr size_t kKeptScratch = 8 << 20;  // bytes a thread keeps between calls
 constexpr double kSerialWork =
     2e5;  // multiplications below which threads cost more than they bring
@@ -97,12 +93,12 @@ void attn_fwd(const AttnParams& p) {
   if (units == 0 || group == 0 || p.seq_q == 0) return;
 
   // Rows a task: many, for the packing; few enough to occupy the threads several times over.
-  const bool few_rows = group * p.seq_q <= kFewRows;
-  int64_t task_rows = few_rows ? kFewRows : std::min(kTaskRows, group * p.seq_q);
+  const bool few_rows = group * p.seq_q <= kernels.few_rows;
+  int64_t task_rows = few_rows ? kernels.few_rows : std::min(kTaskRows, group * p.seq_q);
   if (!few_rows)
-    task_rows =
-        ceil_div(ceil_div(group * p.seq_q, ceil_div(group * p.seq_q, kTaskRows)), kRowStep) *
-        kRowStep;
+    task_rows = ceil_div(ceil_div(group * p.seq_q, ceil_div(group * p.seq_q, kTaskRows)),
+                         kernels.fwd_rows) *
+                kernels.fwd_rows;
   while (!few_rows && task_rows > kMinTaskRows &&
          units * ceil_div(group * p.seq_q, task_rows) < 4 * threads)
     task_rows =
@@ -170,8 +166,8 @@ void mask_grad(const AttnBwdParams& p, const Kernels& kernels,
   };
   const int64_t batches = step(p.dmask_batch_stride, p.batch, 1),
                 heads = step(p.dmask_head_stride, p.heads_q, 1);
-  const int64_t queries = step(p.dmask_q_stride, p.seq_q, kBwdTaskRows);
-  const int64_t keys = step(p.dmask_kv_stride && !p.dmask_q_stride, p.seq_kv, kBwdTaskKeys);
+  const int64_t queries = step(p.dmask_q_stride, p.seq_q, kernels.bwd_rows);
+  const int64_t keys = step(p.dmask_kv_stride && !p.dmask_q_stride, p.seq_kv, kernels.bwd_keys);
   std::vector<MaskGradTask> tasks;
   for (int64_t b = 0; b < p.batch; b += batches)
     for (int64_t h = 0; h < p.heads_q; h += heads)
@@ -208,13 +204,15 @@ void attn_bwd(const AttnBwdParams& p) {
         tasks.push_back({whole, true, true});
         continue;
       }
-      for (int64_t kv = 0; kv < seq.seq_kv; kv += kBwdTaskKeys)
+      for (int64_t kv = 0; kv < seq.seq_kv; kv += kernels.bwd_keys)
+        tasks.push_back({{seq, head_kv, 0, rows, kv, std::min(kv + kernels.bwd_keys, seq.seq_kv)},
+                         false,
+                         true});
+      for (int64_t row = 0; row < rows; row += 2 * kernels.bwd_rows)
         tasks.push_back(
-            {{seq, head_kv, 0, rows, kv, std::min(kv + kBwdTaskKeys, seq.seq_kv)}, false, true});
-      for (int64_t row = 0; row < rows; row += 2 * kBwdTaskRows)
-        tasks.push_back({{seq, head_kv, row, std::min(row + 2 * kBwdTaskRows, rows), 0, seq.seq_kv},
-                         true,
-                         false});
+            {{seq, head_kv, row, std::min(row + 2 * kernels.bwd_rows, rows), 0, seq.seq_kv},
+             true,
+             false});
     }
   }
   if (!one_pass || p.cu_seqlens_q) longest_first(p, tasks);

@@ -53,8 +53,7 @@ struct ExpOf {
 
   Vec<S> operator()(Vec<S> x) const {
     const Vec<S> m = Vec<S>::all(multiplier), s = Vec<S>::all(subtrahend);
-    if constexpr (kGeneral)
-      return exp2_biased(fma(x - s, m, Vec<S>::all(S(kExp2Bias))));
+    if constexpr (kGeneral) return exp2_biased(fma(x - s, m, Vec<S>::all(S(kExp2Bias))));
     else return exp2_biased(fms(x, m, s));
   }
 

@@ -1,9 +1,10 @@
 // From q·k to the score: scale, softcap, ALiBi, mask (docs/design.md, section 2), a row at a time.
 #pragma once
+#include <array>
 #include <cmath>
 #include <limits>
 
-#include "../attn/philox.h"
+#include "dropout.h"
 #include "problem.h"
 
 namespace flash_ext::cpu::FX_ISA {
@@ -43,16 +44,8 @@ class Scores {
 
   // keep[begin, end) = 0 where dropped, else 1 / (1 - p).
   const S* keep(Row row, int64_t kv0, int begin, int end) {
-    const S kept = S(65536.0 / (65536.0 - p_.dropout_threshold));
     const uint32_t batch_head = uint32_t(seq_.batch * p_.heads_q + row.head);
-    for (int64_t j = kv0 + begin; j < kv0 + end;) {
-      const Philox4 bits = dropout_bits(p_.rng_state[0], p_.rng_state[1], batch_head,
-                                        uint32_t(row.query), uint32_t(j >> 3));
-      do {
-        const uint32_t u = bits.word[(j & 7) >> 1] >> (16 * (j & 1)) & 0xffff;
-        keep_[j - kv0] = u < p_.dropout_threshold ? S(0) : kept;
-      } while (++j & 7 && j < kv0 + end);
-    }
+    fill_keep(p_, batch_head, uint32_t(row.query), kv0, begin, end, keep_);
     return keep_;
   }
 
@@ -60,41 +53,54 @@ class Scores {
   static constexpr int kPad = 64;  // vectors may be read and written past the last key
 
   void fill_bias(Row row, int64_t kv0, int begin, int end) {
+    const MaskView& m = p_.mask;
+    const int64_t first = seq_.batch * m.batch_stride + row.head * m.head_stride +
+                          row.query * m.q_stride + (kv0 + begin) * m.kv_stride;
+    if (!p_.alibi_slopes) {  // a mask of keys alone gives many rows the same bias
+      const std::array<int64_t, 4> filled{first, kv0, begin, end};
+      if (filled == filled_) return;
+      filled_ = filled;
+    }
     if (p_.alibi_slopes) {
       const S slope =
           static_cast<const S*>(p_.alibi_slopes)[seq_.batch * p_.alibi_batch_stride + row.head];
       const int64_t diagonal = row.query + seq_.seq_kv - seq_.seq_q - kv0;
       for (int j = begin; j < end; ++j) bias_[j] = -slope * S(std::abs(diagonal - j));
     } else {
-      for (int j = begin; j < end; ++j) bias_[j] = 0;
+      std::fill(bias_ + begin, bias_ + end, S(0));
     }
-    const MaskView& m = p_.mask;
     if (!m.data) return;
-    const int64_t first = seq_.batch * m.batch_stride + row.head * m.head_stride +
-                          row.query * m.q_stride + (kv0 + begin) * m.kv_stride;
     switch (m.dtype) {
-      case DType::b8:
-        return add_mask(static_cast<const bool*>(m.data) + first, m.kv_stride, begin, end);
-      case DType::f16:
-        return add_mask(static_cast<const half_t*>(m.data) + first, m.kv_stride, begin, end);
-      case DType::bf16:
-        return add_mask(static_cast<const bf16_t*>(m.data) + first, m.kv_stride, begin, end);
-      case DType::f32:
-        return add_mask(static_cast<const float*>(m.data) + first, m.kv_stride, begin, end);
-      case DType::f64:
-        return add_mask(static_cast<const double*>(m.data) + first, m.kv_stride, begin, end);
+      case DType::b8: return add_mask<uint8_t>(first, begin, end);
+      case DType::f16: return add_mask<half_t>(first, begin, end);
+      case DType::bf16: return add_mask<bf16_t>(first, begin, end);
+      case DType::f32: return add_mask<float>(first, begin, end);
+      case DType::f64: return add_mask<double>(first, begin, end);
     }
   }
 
   template <typename M>
-  void add_mask(const M* mask, int64_t stride, int begin, int end) {
-    if (stride == 1) {
-      for (int j = begin; j < end; ++j) bias_[j] += addend(mask[j - begin]);
-    } else {
-      for (int j = begin; j < end; ++j) bias_[j] += addend(mask[(j - begin) * stride]);
+  void add_mask(int64_t first, int begin, int end) {
+    using V = Vec<S>;
+    const M* mask = static_cast<const M*>(p_.mask.data) + first;
+    const int64_t stride = p_.mask.kv_stride;
+    S* bias = bias_ + begin;
+    int j = 0;
+    if constexpr (std::is_same_v<M, uint8_t>) {
+      if (stride == 1)  // without a branch, so that it is vectorised
+        for (; j < end - begin; ++j)
+          bias[j] = mask[j] ? bias[j] : -std::numeric_limits<S>::infinity();
+    } else if constexpr (sizeof(M) == 2 && sizeof(S) == 4) {
+      if (stride == 1)
+        for (; j + V::kLanes <= end - begin; j += V::kLanes)
+          (V::load(bias + j) + V::load(mask + j)).store(bias + j);
+    } else if constexpr (sizeof(M) >= 4) {
+      if (stride == 1)
+        for (; j < end - begin; ++j) bias[j] += S(mask[j]);
     }
+    for (; j < end - begin; ++j) bias[j] += addend(mask[j * stride]);
   }
-  static S addend(bool keep) { return keep ? S(0) : -std::numeric_limits<S>::infinity(); }
+  static S addend(uint8_t keep) { return keep ? S(0) : -std::numeric_limits<S>::infinity(); }
   static S addend(float x) { return S(x); }
   static S addend(double x) { return S(x); }
   static S addend(bf16_t x) { return to_float(x); }
@@ -103,6 +109,7 @@ class Scores {
   const AttnParams& p_;
   const Sequence& seq_;
   bool has_bias_, has_dropout_;
+  std::array<int64_t, 4> filled_{-1};  // what bias_ holds: fill_bias
   S* bias_ = nullptr;
   S* keep_ = nullptr;
 };

@@ -7,8 +7,18 @@
 namespace flash_ext::cpu::FX_ISA {
 
 template <typename T, typename Math>
-inline constexpr Kernels kKernels = {fwd<T, Math>, fwd_few_rows<T, Math>, fwd_combine<T, Math>,
-                                     bwd<T, Math>, bwd_mask<T, Math>,     bwd_sink<T, Math>};
+inline constexpr Kernels kKernels = {
+    kFewRows,
+    kBlockRows,
+    BwdTile<T, Math>::kRows,
+    BwdTile<T, Math>::kKeys,
+    fwd<T, Math>,
+    fwd_few_rows<T, Math>,
+    fwd_combine<T, Math>,
+    bwd<T, Math>,
+    bwd_mask<T, Math>,
+    bwd_sink<T, Math>,
+};
 
 inline const Kernels& plain_kernels(DType dtype) {
   switch (dtype) {

@@ -2,6 +2,7 @@
 // must stay baseline code, because the linker keeps only one copy of an inline function.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstddef>
