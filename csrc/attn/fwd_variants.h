@@ -29,8 +29,8 @@ struct FwdTile {
   }
 };
 
-// The tiles fit 72 KB of shared memory, but for plain ones with many rows: those need 96 KB at
-// head_dim 96 and 128 KB at 256, and where there is less the general ones take their place.
+// The tiles fit 72 KB of shared memory (AMD: 64 KB), but for the plain one of head_dim 256 with many
+// rows: it needs 128 KB, and where there is less the general one takes its place.
 constexpr FwdTile fwd_tile(FwdVariant v, bool amd) {
   const int block_kv = v.head_dim <= 128 ? 64 : 32;
   if (amd) return {v.few_rows ? 16 : 64, block_kv, v.few_rows ? 1 : 4, 1, 1, v.head_dim <= 128};
