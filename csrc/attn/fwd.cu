@@ -7,27 +7,17 @@
 #include "../gpu_check.h"
 #include "../tile/platform.h"
 #include "fwd.h"
+#include "load_tile.h"
 
 namespace flash_ext {
 namespace {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  FX_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
-  return value;
-}
-
-bool in_chunks(const TensorView& t, int64_t head_dim) {
-  return (reinterpret_cast<uintptr_t>(t.data) % 16 |
-          (t.batch_stride | t.head_stride | t.seq_stride | head_dim) % 8) == 0;
-}
-
 // Rows that cannot be read or written 16 bytes at a time, and options that change scores.
 bool needs_general(const AttnParams& p) {
-  const bool chunks =
-      in_chunks(p.q, 8) && in_chunks(p.k, 8) && in_chunks(p.v, 8) && in_chunks(p.o, p.head_dim_v);
+  const bool chunks = in_chunks(p.q) && in_chunks(p.k) && in_chunks(p.v) && in_chunks(p.o) &&
+                      p.head_dim_v % 8 == 0;
   return !chunks || p.mask.data || p.softcap > 0 || p.alibi_slopes || p.dropout_threshold;
 }
 
@@ -67,14 +57,6 @@ FwdLauncher find_fwd_of(FwdVariant v) {
 }
 
 }  // namespace
-
-GpuFacts gpu_facts(int device) {
-  return {
-      attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrWarpSize, device),
-      attribute(kAmd ? cudaDevAttrMaxSharedMemoryPerBlock : cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                device),
-      attribute(cudaDevAttrL2CacheSize, device)};
-}
 
 FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   const int64_t group = p.heads_q / std::max<int64_t>(p.heads_kv, 1);
@@ -142,16 +124,6 @@ void launch_fwd(const FwdPlan& plan, const GpuFacts& gpu, void* stream) {
                                  : find_fwd_of<DType::bf16>(plan.variant);
   launch(plan.args, gpu, stream);
   if (plan.args.splits > 1) launch_combine(plan, gpu, stream);
-}
-
-CurrentDevice::CurrentDevice(int device) : previous(device) {
-  FX_CUDA_CHECK(cudaGetDevice(&previous));
-  if (previous != device) FX_CUDA_CHECK(cudaSetDevice(device));
-}
-
-CurrentDevice::~CurrentDevice() {
-  int now = previous;
-  if (cudaGetDevice(&now) == cudaSuccess && now != previous) (void)cudaSetDevice(previous);
 }
 
 }  // namespace flash_ext

@@ -31,11 +31,6 @@ struct FwdConfig {
                                       SharedOperand<T, QTile>>;
 };
 
-FX_DEVICE bool in_chunks(const TensorView& t) {
-  return (reinterpret_cast<uintptr_t>(t.data) % 16 |
-          (t.batch_stride | t.head_stride | t.seq_stride) % 8) == 0;
-}
-
 // Copies blocks of one KV head's keys or values.
 template <typename Config>
 struct KvLoader {

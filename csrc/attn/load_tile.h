@@ -4,8 +4,15 @@
 
 #include "../tile/async_copy.h"
 #include "../tile/shared_tile.h"
+#include "params.h"
 
 namespace flash_ext {
+
+// Whether every row is aligned to 16 bytes.
+FX_HOST_DEVICE bool in_chunks(const TensorView& t) {
+  return (reinterpret_cast<uintptr_t>(t.data) % 16 |
+          (t.batch_stride | t.head_stride | t.seq_stride) % 8) == 0;
+}
 
 // The first `count` of eight 16-bit values at any address, then zeros.
 template <typename T>

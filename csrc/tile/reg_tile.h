@@ -1,6 +1,7 @@
 // Register tiles: a [kRows, kCols] float32 accumulator spread over a warp, and what attention does
 // to it. No vendor names below: every layout question is put to MmaAtom.
 #pragma once
+#include "atomic.h"
 #include "mma_atom.h"
 #include "shared_tile.h"
 
@@ -49,12 +50,30 @@ struct AccTile {
         for (int i = 0; i < Atom::kAccRegs; ++i)
           f(atom[m][n].reg[i], m, Atom::row_slot(i), n * kAtom + Atom::col(i));
   }
+  template <typename F>
+  FX_DEVICE void for_each(F f) const {
+    const_cast<AccTile*>(this)->for_each([&](const float& x, int m, int slot, int col) {
+      f(x, m, slot, col);
+    });
+  }
+  // f(value, value of other, m, slot, col) likewise.
+  template <typename F>
+  FX_DEVICE void for_each(AccTile& other, F f) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int i = 0; i < Atom::kAccRegs; ++i)
+          f(atom[m][n].reg[i], other.atom[m][n].reg[i], m, Atom::row_slot(i),
+            n * kAtom + Atom::col(i));
+  }
   FX_DEVICE void clear() {
     for_each([](float& x, int, int, int) { x = 0.f; });
   }
-  // Rounds to T and writes to the rows of a tile from row0 on.
+  // Rounds to T and writes to a tile, from (row0, col0) on; col0 is known to the compiler.
   template <typename Tile>
-  FX_DEVICE void store(const Tile& t, int row0) const {
+  FX_DEVICE void store(const Tile& t, int row0, int col0 = 0) const {
     constexpr int kStep = Atom::kColsInPairs ? 2 : 1;
 #pragma unroll
     for (int m = 0; m < kM; ++m)
@@ -62,8 +81,8 @@ struct AccTile {
       for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int i = 0; i < Atom::kAccRegs; i += kStep) {
-          T* dst = t.data + t.offset(row0 + m * kAtom, n * kAtom, Atom::row(Atom::row_slot(i)),
-                                     Atom::col(i));
+          T* dst = t.data + t.offset(row0 + m * kAtom, col0 + n * kAtom,
+                                     Atom::row(Atom::row_slot(i)), Atom::col(i));
           if constexpr (kStep == 2) {
             const T low = from_float<T>(atom[m][n].reg[i]);
             const T high = from_float<T>(atom[m][n].reg[i + 1]);
@@ -73,6 +92,29 @@ struct AccTile {
             *dst = from_float<T>(atom[m][n].reg[i]);
           }
         }
+  }
+  // Adds to rows of float32 in global memory, also those that others add to; row(m, slot) is where
+  // a row starts, null for none. Columns from `cols`, an even number, on are left out.
+  template <typename F>
+  FX_DEVICE void add_to_global(F row, int cols) const {
+    constexpr int kStep = Atom::kColsInPairs ? 2 : 1;
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int slot = 0; slot < Atom::kRowsPerLane; ++slot) {
+        float* dst = row(m, slot);
+        if (!dst) continue;
+#pragma unroll
+        for (int n = 0; n < kN; ++n)
+#pragma unroll
+          for (int i = 0; i < Atom::kAccRegs; i += kStep) {
+            const int col = n * kAtom + Atom::col(i);
+            if (Atom::row_slot(i) != slot || col >= cols) continue;
+            const float* x = atom[m][n].reg + i;
+            if constexpr (kStep == 2) add_pair(dst + col, x[0], x[1]);
+            else atomicAdd(dst + col, x[0]);
+          }
+      }
   }
   FX_DEVICE static int row(int m, int slot) { return m * kAtom + Atom::row(slot); }
   // Whether this lane, among those that share a row, is the one that speaks for it.

@@ -14,6 +14,9 @@ struct SharedTile {
 
   FX_DEVICE T* at(unsigned row, unsigned col) const { return data + offset(0, 0, row, col); }
 
+  // The part that starts at a row, a multiple of 16.
+  FX_DEVICE SharedTile below(unsigned row0) const { return {data + row0 * kCols}; }
+
   // Elements from data to (row0 + row, col0 + col), where row0 and col0 are multiples of 16 and row
   // and col below that: then what depends on the lane is the same for all (row0, col0) but for an
   // XOR of few values, and is computed once.
@@ -27,6 +30,22 @@ struct SharedTile {
   // already apart from each other; the XOR moves the others.
   static constexpr unsigned kLowBit = kChunks & -kChunks, kSpread = kLowBit < 8 ? kLowBit : 8;
   FX_DEVICE static unsigned swizzle(unsigned row) { return row / (8 / kSpread) % kSpread; }
+};
+
+// Columns [col0, col0 + kWidth) of a tile, where col0 is a multiple of kWidth, a power of two, and
+// need not be known to the compiler: it goes into what depends on the lane.
+template <typename Tile, int kWidth>
+struct ColumnsOf {
+  static_assert(kWidth >= 16 && (kWidth & (kWidth - 1)) == 0);
+  decltype(Tile::data) data;
+  unsigned flip;  // col0 modulo 64: its sum with columns below kWidth carries nothing, and is an XOR
+
+  FX_DEVICE ColumnsOf(const Tile& tile, unsigned col0)
+      : data(tile.data + col0 / 64 * 64), flip(col0 % 64) {}
+  FX_DEVICE auto at(unsigned row, unsigned col) const { return data + offset(0, 0, row, col); }
+  FX_DEVICE unsigned offset(unsigned row0, unsigned col0, unsigned row, unsigned col) const {
+    return Tile::offset(row0, col0, row, col ^ flip);
+  }
 };
 
 }  // namespace flash_ext

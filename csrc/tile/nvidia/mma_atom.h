@@ -46,6 +46,13 @@ struct MmaAtom {
     ldmatrix<false>(a.reg, t.data, t.offset(row0, k0, lane_id() % 16, lane_id() / 16 * 8));
     return a;
   }
+  template <typename Tile>  // t is [k, q]
+  FX_DEVICE static A load_a_transposed(const Tile& t, int row0, int k0) {
+    A a;
+    const unsigned row = lane_id() % 8 + lane_id() / 16 * 8;
+    ldmatrix<true>(a.reg, t.data, t.offset(k0, row0, row, lane_id() / 8 % 2 * 8));
+    return a;
+  }
   template <typename Tile>  // t is [n, k]
   FX_DEVICE static B load_b(const Tile& t, int n0, int k0) {
     B b;
