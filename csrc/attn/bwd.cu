@@ -23,10 +23,10 @@ bool needs_general(const AttnBwdParams& p) {
 
 // Whether several products add to one element of dmask.
 bool dmask_is_shared(const AttnBwdParams& p) {
-  return p.dmask && ((p.dmask_batch_stride == 0 && p.batch > 1) ||
-                     (p.dmask_head_stride == 0 && p.heads_q > 1) ||
-                     (p.dmask_q_stride == 0 && p.seq_q > 1) ||
-                     (p.dmask_kv_stride == 0 && p.seq_kv > 1));
+  return p.dmask &&
+         ((p.dmask_batch_stride == 0 && p.batch > 1) ||
+          (p.dmask_head_stride == 0 && p.heads_q > 1) || (p.dmask_q_stride == 0 && p.seq_q > 1) ||
+          (p.dmask_kv_stride == 0 && p.seq_kv > 1));
 }
 
 // The fewest chains that leave no part of the device idle for long: each costs a sum of dq.
@@ -88,9 +88,8 @@ BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic
   }
   // q, grad_o and the sums of dq.
   const int64_t group_bytes = p.seq_q * pack * ((p.head_dim + p.head_dim_v) * 2 + args.dq_cols * 4);
-  args.groups_at_once = static_cast<int>(
-      std::clamp<int64_t>(gpu.l2_bytes / 2 / std::max<int64_t>(group_bytes, 1), 1,
-                          std::max<int64_t>(args.groups, 1)));
+  args.groups_at_once = static_cast<int>(std::clamp<int64_t>(
+      gpu.l2_bytes / 2 / std::max<int64_t>(group_bytes, 1), 1, std::max<int64_t>(args.groups, 1)));
   return plan;
 }
 
@@ -113,8 +112,8 @@ void launch_bwd(const BwdPlan& plan, const GpuFacts& gpu, void* stream) {
   }
   if (args.params.dsinks) launch_bwd_dsinks(plan, stream);
   if (args.groups * args.chains > 0) {
-    const BwdLauncher launch = f16 ? find_bwd_of<DType::f16>(plan.variant)
-                                   : find_bwd_of<DType::bf16>(plan.variant);
+    const BwdLauncher launch =
+        f16 ? find_bwd_of<DType::f16>(plan.variant) : find_bwd_of<DType::bf16>(plan.variant);
     launch(args, gpu, stream);
   }
   if (args.rows > 0) launch_bwd_finish(plan, stream);

@@ -12,18 +12,18 @@ struct RowStats {
 
 struct BwdArgs {
   AttnBwdParams params;
-  int pack = 1;           // all heads that share a KV head are packed, see RowGroup
-  int blocks_kv = 0;      // blocks of keys that the longest sequence fills
-  int64_t groups = 0;     // batch * heads_kv
+  int pack = 1;            // all heads that share a KV head are packed, see RowGroup
+  int blocks_kv = 0;       // blocks of keys that the longest sequence fills
+  int64_t groups = 0;      // batch * heads_kv
   int groups_at_once = 1;  // whose tensors stay in the L2 cache together
   // Blocks of keys that run side by side; each thread block takes every chains-th. All of them, or,
   // where results must repeat bit for bit, few: each chain then has its own sum of dq.
   int chains = 1;
   // Of all query rows, in the order (KV head or (batch, KV head), query, head of the group).
   int64_t rows = 0;
-  RowStats* stats = nullptr;  // [rows]
-  float* dq = nullptr;        // [1 or chains, rows, dq_cols]: sums without the factor scale
-  int dq_cols = 0;            // head_dim, rounded up to a multiple of 8
+  RowStats* stats = nullptr;    // [rows]
+  float* dq = nullptr;          // [1 or chains, rows, dq_cols]: sums without the factor scale
+  int dq_cols = 0;              // head_dim, rounded up to a multiple of 8
   int64_t dq_chain_stride = 0;  // 0: all chains add to one
 
   constexpr int dq_sums() const { return dq_chain_stride ? chains : 1; }

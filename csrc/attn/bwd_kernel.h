@@ -22,7 +22,8 @@ struct BwdConfig {
   static constexpr int kWarpsD = kTile.warps_d, kKeysPerWarp = kTile.keys_per_warp();
   static constexpr int kThreads = kTile.warps() * kWarpSize;  // device code only
   static constexpr int kBlocksPerSm = kAmd ? 1 : kTile.blocks_per_sm;
-  static constexpr int kDqRowParts = kBlockQ / kTile.dq_rows, kDqColParts = kHeadDim / kTile.dq_cols;
+  static constexpr int kDqRowParts = kBlockQ / kTile.dq_rows,
+                       kDqColParts = kHeadDim / kTile.dq_cols;
   static constexpr int kDqParts = kDqRowParts * kDqColParts / kTile.warps();  // a warp
   static_assert(kBlockQ % (kWarpsD * kCols) == 0 && (kWarpsD == 1 || kHeadDim / kWarpsD % 64 == 0));
   static_assert(kDqRowParts * kTile.dq_rows == kBlockQ && kDqColParts * kTile.dq_cols == kHeadDim &&
@@ -109,9 +110,9 @@ FX_DEVICE void add_dq(const BwdSmem<Config>& smem, const BwdArgs& args, const Bw
 
 // Writes dk or dv, times a factor, through the memory of k or v.
 template <typename Config>
-FX_DEVICE void write_kv_grad(typename Config::KvGrad& x, float factor,
-                             typename Config::KvTile smem, const TensorView& dst,
-                             const BwdTask& task, int warp_key, int warp_col, int64_t cols) {
+FX_DEVICE void write_kv_grad(typename Config::KvGrad& x, float factor, typename Config::KvTile smem,
+                             const TensorView& dst, const BwdTask& task, int warp_key, int warp_col,
+                             int64_t cols) {
   using T = typename Config::T;
   x.for_each([&](float& y, int, int, int) { y *= factor; });
   x.store(typename Config::KvTile{smem.data + warp_col}, warp_key);
@@ -168,7 +169,8 @@ FX_DEVICE void bwd_block(const BwdArgs& args, const BwdTask& task, const BwdSmem
       typename Config::Scores s, ds;
       BwdScores<Config> scores(args, task, smem.rows(), warp_key, first);
       s.clear();
-      mma_abt<Config::kHeadDim>(s, SharedOperand<T, typename Config::KvTile>{smem.k(), warp_key}, q);
+      mma_abt<Config::kHeadDim>(s, SharedOperand<T, typename Config::KvTile>{smem.k(), warp_key},
+                                q);
       scores.weights(s, block < task.whole_begin || block >= task.whole_end);
       scores.start_gradient(ds);
       mma_abt<Config::kHeadDim>(ds, SharedOperand<T, typename Config::KvTile>{smem.v(), warp_key},
@@ -191,7 +193,9 @@ FX_DEVICE void bwd_block(const BwdArgs& args, const BwdTask& task, const BwdSmem
         const typename Config::QTile cols{rows.data + warp_col};
         mma_steps<kBlockQ / kAtom>(
             x, [&](int m, int k) { return a.get(m, k); },
-            [&](int n, int k) { return MmaAtom<T>::load_b_transposed(cols, n * kAtom, k * kAtom); });
+            [&](int n, int k) {
+              return MmaAtom<T>::load_b_transposed(cols, n * kAtom, k * kAtom);
+            });
       };
       weights_times(dv, smem.p(), smem.grad_o(block));
       weights_times(dk, smem.ds(), smem.q(block));
@@ -206,8 +210,7 @@ FX_DEVICE void bwd_block(const BwdArgs& args, const BwdTask& task, const BwdSmem
 
   copy_wait<0>();   // k and v have arrived, also where no row was there to wait for them
   __syncthreads();  // nobody reads k and v any more
-  const float dv_factor =
-      Config::kGeneral ? 65536.f / (65536.f - p.dropout_threshold) : 1.f;
+  const float dv_factor = Config::kGeneral ? 65536.f / (65536.f - p.dropout_threshold) : 1.f;
   write_kv_grad<Config>(dk, static_cast<float>(p.scale), smem.k(), p.dk, task, warp_key, warp_col,
                         p.head_dim);
   write_kv_grad<Config>(dv, dv_factor, smem.v(), p.dv, task, warp_key, warp_col, p.head_dim_v);

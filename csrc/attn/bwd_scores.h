@@ -101,12 +101,12 @@ class BwdScores {
   FX_DEVICE void gradient(Tile& ds, Tile& s) {
     if constexpr (Config::kGeneral) {
       if (p.dropout_threshold) apply_dropout(ds, s);
-      else ds.for_each(s, [&](float& x, float& w, int, int, int col) {
-        x = w * (x - facts.delta[first + col]);
-      });
+      else
+        ds.for_each(s, [&](float& x, float& w, int, int, int col) {
+          x = w * (x - facts.delta[first + col]);
+        });
       if (p.dmask) add_dmask(ds);
-      if (p.softcap > 0)
-        ds.for_each(slope, [&](float& x, float& y, int, int, int) { x *= y; });
+      if (p.softcap > 0) ds.for_each(slope, [&](float& x, float& y, int, int, int) { x *= y; });
     } else {
       ds.for_each(s, [](float& x, float& w, int, int, int) { x *= w; });
     }

@@ -6,8 +6,8 @@
 namespace flash_ext {
 
 struct BwdTask : RowGroup {
-  int64_t first_row;  // of the group, in BwdArgs::stats and dq
-  int key0;           // the first key of the block
+  int64_t first_row;           // of the group, in BwdArgs::stats and dq
+  int key0;                    // the first key of the block
   int block_begin, block_end;  // blocks of query rows that see a key of it
   int whole_begin, whole_end;  // those among them of which every row sees all of its keys
 };

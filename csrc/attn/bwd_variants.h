@@ -16,10 +16,10 @@ struct BwdTile {
   // A warp owns block_kv / warps_kv keys, and of their dk and dv head_dim / warps_d columns. With
   // warps_d = 2 the weights pass between the two through shared memory.
   int warps_kv, warps_d;
-  int cols;           // query rows a warp computes scores of at a time: they are in registers
-  int stages;         // 2: q and grad_o are loaded a block ahead
+  int cols;              // query rows a warp computes scores of at a time: they are in registers
+  int stages;            // 2: q and grad_o are loaded a block ahead
   int dq_rows, dq_cols;  // of dq, what a warp computes at a time
-  int blocks_per_sm;  // that the registers must leave room for
+  int blocks_per_sm;     // that the registers must leave room for
 
   constexpr int warps() const { return warps_kv * warps_d; }
   constexpr int keys_per_warp() const { return block_kv / warps_kv; }

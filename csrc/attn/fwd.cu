@@ -16,8 +16,8 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows that cannot be read or written 16 bytes at a time, and options that change scores.
 bool needs_general(const AttnParams& p) {
-  const bool chunks = in_chunks(p.q) && in_chunks(p.k) && in_chunks(p.v) && in_chunks(p.o) &&
-                      p.head_dim_v % 8 == 0;
+  const bool chunks =
+      in_chunks(p.q) && in_chunks(p.k) && in_chunks(p.v) && in_chunks(p.o) && p.head_dim_v % 8 == 0;
   return !chunks || p.mask.data || p.softcap > 0 || p.alibi_slopes || p.dropout_threshold;
 }
 

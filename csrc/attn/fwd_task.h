@@ -16,8 +16,7 @@ struct FwdTask : RowGroup {
 template <int kBlockQ, int kBlockKV>
 FX_DEVICE FwdTask fwd_task(const FwdArgs& args) {
   const unsigned index = blockIdx.x / args.splits, split = blockIdx.x % args.splits;
-  const auto [block, group] =
-      block_of_group(index, args.blocks_q, args.heads, args.heads_at_once);
+  const auto [block, group] = block_of_group(index, args.blocks_q, args.heads, args.heads_at_once);
   const int row0 = (args.longest_last ? args.blocks_q - 1 - block : block) * kBlockQ;
   FwdTask t{row_group(args.params, group, args.pack), row0, static_cast<int>(split), 0, 0, 0, 0};
   if (row0 >= t.rows) return t;

@@ -52,9 +52,8 @@ struct AccTile {
   }
   template <typename F>
   FX_DEVICE void for_each(F f) const {
-    const_cast<AccTile*>(this)->for_each([&](const float& x, int m, int slot, int col) {
-      f(x, m, slot, col);
-    });
+    const_cast<AccTile*>(this)->for_each(
+        [&](const float& x, int m, int slot, int col) { f(x, m, slot, col); });
   }
   // f(value, value of other, m, slot, col) likewise.
   template <typename F>

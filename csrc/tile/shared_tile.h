@@ -38,7 +38,8 @@ template <typename Tile, int kWidth>
 struct ColumnsOf {
   static_assert(kWidth >= 16 && (kWidth & (kWidth - 1)) == 0);
   decltype(Tile::data) data;
-  unsigned flip;  // col0 modulo 64: its sum with columns below kWidth carries nothing, and is an XOR
+  unsigned
+      flip;  // col0 modulo 64: its sum with columns below kWidth carries nothing, and is an XOR
 
   FX_DEVICE ColumnsOf(const Tile& tile, unsigned col0)
       : data(tile.data + col0 / 64 * 64), flip(col0 % 64) {}
