@@ -7,7 +7,6 @@ import gpu
 import torch
 
 import flash_ext
-from flash_ext.testing import Case
 
 
 def rows():

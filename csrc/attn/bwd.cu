@@ -75,11 +75,11 @@ BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic
     plan.variant.general = true;
     tile = bwd_tile(plan.variant, kAmd);
   }
-  args.pack = static_cast<int>(pack);
+  args.pack = Divisor(static_cast<int>(pack));
   args.blocks_kv = static_cast<int>(ceil_div(p.seq_kv, tile.block_kv));
   args.groups = p.batch * p.heads_kv;
   args.rows = p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;
-  args.dq_cols = static_cast<int>(ceil_div(p.head_dim, 8) * 8);
+  args.dq_cols = *head_dim;
   args.chains = args.blocks_kv;
   const int64_t slots = int64_t{gpu.multiprocessors} * tile.blocks_per_sm;
   if (deterministic) {

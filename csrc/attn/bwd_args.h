@@ -1,5 +1,6 @@
 // What the backward kernels are told besides AttnBwdParams: how the work is cut. Made by bwd.cu.
 #pragma once
+#include "divisor.h"
 #include "params.h"
 
 namespace flash_ext {
@@ -12,7 +13,7 @@ struct RowStats {
 
 struct BwdArgs {
   AttnBwdParams params;
-  int pack = 1;            // all heads that share a KV head are packed, see RowGroup
+  Divisor pack;            // all heads that share a KV head are packed, see RowGroup
   int blocks_kv = 0;       // blocks of keys that the longest sequence fills
   int64_t groups = 0;      // batch * heads_kv
   int groups_at_once = 1;  // whose tensors stay in the L2 cache together
@@ -23,7 +24,7 @@ struct BwdArgs {
   int64_t rows = 0;
   RowStats* stats = nullptr;    // [rows]
   float* dq = nullptr;          // [1 or chains, rows, dq_cols]: sums without the factor scale
-  int dq_cols = 0;              // head_dim, rounded up to a multiple of 8
+  int dq_cols = 0;              // the kernel's head_dim
   int64_t dq_chain_stride = 0;  // 0: all chains add to one
 
   constexpr int dq_sums() const { return dq_chain_stride ? chains : 1; }
@@ -31,8 +32,8 @@ struct BwdArgs {
   // Index of a group's first row; first_q is where its sequence starts in packed tensors.
   constexpr int64_t first_row(int64_t batch, int64_t kv_head, int64_t first_q) const {
     const AttnParams& p = params;
-    if (p.cu_seqlens_q) return (kv_head * p.lse_head_stride + first_q) * pack;
-    return (batch * p.heads_kv + kv_head) * p.seq_q * pack;
+    if (p.cu_seqlens_q) return (kv_head * p.lse_head_stride + first_q) * pack.by;
+    return (batch * p.heads_kv + kv_head) * p.seq_q * pack.by;
   }
 };
 

@@ -25,7 +25,7 @@ struct BwdConfig {
   static constexpr int kDqRowParts = kBlockQ / kTile.dq_rows,
                        kDqColParts = kHeadDim / kTile.dq_cols;
   static constexpr int kDqParts = kDqRowParts * kDqColParts / kTile.warps();  // a warp
-  static_assert(kBlockQ % (kWarpsD * kCols) == 0 && (kWarpsD == 1 || kHeadDim / kWarpsD % 64 == 0));
+  static_assert(kBlockQ % (kWarpsD * kCols) == 0 && kHeadDim % (kWarpsD * kAtom) == 0);
   static_assert(kDqRowParts * kTile.dq_rows == kBlockQ && kDqColParts * kTile.dq_cols == kHeadDim &&
                 kDqParts * kTile.warps() == kDqRowParts * kDqColParts);
 
@@ -33,8 +33,8 @@ struct BwdConfig {
   using QTile = SharedTile<T, kBlockQ, kHeadDim>;
   using WeightTile = SharedTile<T, kBlockKV, kBlockQ>;
   using Scores = AccTile<T, kKeysPerWarp, kCols>;
-  using KvGrad = AccTile<T, kKeysPerWarp, kHeadDim / kWarpsD>;
-  using DqPart = AccTile<T, kTile.dq_rows, kTile.dq_cols>;
+  using KvGrad = AccTile<T, kKeysPerWarp, kHeadDim / kWarpsD, kWarpsD>;
+  using DqPart = AccTile<T, kTile.dq_rows, kTile.dq_cols, kDqColParts>;
 };
 
 // How shared memory is divided.
@@ -60,7 +60,7 @@ struct BwdSmem {
   FX_DEVICE typename Config::WeightTile p() const { return {ds().data + kWeights}; }  // warps_d 2
   FX_DEVICE RowFacts<Config::kGeneral, Config::kBlockQ>& rows() const {
     return *reinterpret_cast<RowFacts<Config::kGeneral, Config::kBlockQ>*>(
-        ds().data + Config::kWarpsD * kWeights);
+        ds().data + (Config::kWarpsD > 1 ? 2 : 1) * kWeights);
   }
 };
 
@@ -83,14 +83,14 @@ FX_DEVICE void load_rows(const BwdSmem<Config>& smem, const BwdArgs& args, const
 template <typename Config>
 FX_DEVICE void add_dq(const BwdSmem<Config>& smem, const BwdArgs& args, const BwdTask& task,
                       float* sums, int row0) {
-  constexpr int kRows = Config::kTile.dq_rows, kCols = Config::kTile.dq_cols;
+  constexpr int kRows = Config::kTile.dq_rows;
   using Atom = MmaAtom<typename Config::T>;
 #pragma unroll
   for (int i = 0; i < Config::kDqParts; ++i) {
     const int part = static_cast<int>(warp_id()) * Config::kDqParts + i;
     const int part_row = part / Config::kDqColParts * kRows;
-    const int part_col = part % Config::kDqColParts * kCols;
-    const ColumnsOf<typename Config::KvTile, kCols> k_cols(smem.k(), part_col);
+    const int part_col = part % Config::kDqColParts * kAtom;
+    const ColumnsOf k_cols(smem.k(), part_col);
     typename Config::DqPart dq;
     dq.clear();
     mma_steps<Config::kBlockKV / kAtom>(
@@ -98,13 +98,13 @@ FX_DEVICE void add_dq(const BwdSmem<Config>& smem, const BwdArgs& args, const Bw
         [&](int m, int k) {
           return Atom::load_a_transposed(smem.ds(), part_row + m * kAtom, k * kAtom);
         },
-        [&](int n, int k) { return Atom::load_b_transposed(k_cols, n * kAtom, k * kAtom); });
-    dq.add_to_global(
-        [&](int m, int slot) -> float* {
-          const int row = row0 + part_row + dq.row(m, slot);
-          return row < task.rows ? sums + row * int64_t{args.dq_cols} + part_col : nullptr;
-        },
-        args.dq_cols - part_col);
+        [&](int n, int k) {
+          return Atom::load_b_transposed(k_cols, n * kAtom * Config::kDqColParts, k * kAtom);
+        });
+    dq.add_to_global([&](int m, int slot) -> float* {
+      const int row = row0 + part_row + dq.row(m, slot);
+      return row < task.rows ? sums + row * int64_t{Config::kHeadDim} + part_col : nullptr;
+    });
   }
 }
 
@@ -115,7 +115,7 @@ FX_DEVICE void write_kv_grad(typename Config::KvGrad& x, float factor, typename 
                              int64_t cols) {
   using T = typename Config::T;
   x.for_each([&](float& y, int, int, int) { y *= factor; });
-  x.store(typename Config::KvTile{smem.data + warp_col}, warp_key);
+  x.store(ColumnsOf(smem, warp_col), warp_key);
   __syncthreads();  // the whole tile is there
   T* base = static_cast<T*>(dst.data) + task.kv_offset(dst);
   store_tile<Config::kThreads, !Config::kGeneral>(
@@ -133,7 +133,7 @@ FX_DEVICE void bwd_block(const BwdArgs& args, const BwdTask& task, const BwdSmem
   const int warp_d = static_cast<int>(warp_id()) % kWarpsD;
   constexpr int kRowsOfWarp = kBlockQ / kWarpsD;  // whose scores it computes
   const int warp_row = warp_d * kRowsOfWarp;
-  const int warp_col = warp_d * (Config::kHeadDim / kWarpsD);  // a multiple of 64: swizzles agree
+  const int warp_col = warp_d * kAtom;  // of dk and dv, and every kWarpsD-th column of atoms
 
   const auto load_kv = [&](typename Config::KvTile dst, const TensorView& t, int64_t cols) {
     const T* base = static_cast<const T*>(t.data) + task.kv_offset(t);
@@ -176,13 +176,12 @@ FX_DEVICE void bwd_block(const BwdArgs& args, const BwdTask& task, const BwdSmem
       mma_abt<Config::kHeadDim>(ds, SharedOperand<T, typename Config::KvTile>{smem.v(), warp_key},
                                 grad_o);
       scores.gradient(ds, s);
-      using WarpCols = ColumnsOf<typename Config::WeightTile, kRowsOfWarp>;
-      ds.store(WarpCols(smem.ds(), warp_row), warp_key, part);
+      ds.store(ColumnsOf(smem.ds(), warp_row), warp_key, part);
       if constexpr (kWarpsD == 1) {
         mma_ab(dv, s, grad_o);
         mma_ab(dk, ds, q);
       } else {
-        s.store(WarpCols(smem.p(), warp_row), warp_key, part);
+        s.store(ColumnsOf(smem.p(), warp_row), warp_key, part);
       }
     }
     __syncthreads();  // ds (and p) of all warps are there
@@ -190,11 +189,11 @@ FX_DEVICE void bwd_block(const BwdArgs& args, const BwdTask& task, const BwdSmem
       const auto weights_times = [&](typename Config::KvGrad& x, typename Config::WeightTile w,
                                      typename Config::QTile rows) {
         const SharedOperand<T, typename Config::WeightTile> a{w, warp_key};
-        const typename Config::QTile cols{rows.data + warp_col};
+        const ColumnsOf cols(rows, warp_col);
         mma_steps<kBlockQ / kAtom>(
             x, [&](int m, int k) { return a.get(m, k); },
             [&](int n, int k) {
-              return MmaAtom<T>::load_b_transposed(cols, n * kAtom, k * kAtom);
+              return MmaAtom<T>::load_b_transposed(cols, n * kAtom * kWarpsD, k * kAtom);
             });
       };
       weights_times(dv, smem.p(), smem.grad_o(block));
@@ -225,7 +224,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       block_of_group(blockIdx.x, args.chains, args.groups, args.groups_at_once);
   const RowGroup group = row_group(args.params, index, args.pack);
   float* const sums = args.dq + chain * args.dq_chain_stride +
-                      args.first_row(group.batch, group.kv_head, group.first_q) * args.dq_cols;
+                      args.first_row(group.batch, group.kv_head, group.first_q) * Config::kHeadDim;
   for (int block = chain; block * Config::kBlockKV < group.seq_kv; block += args.chains) {
     bwd_block<Config>(
         args, bwd_task<Config::kBlockKV, Config::kBlockQ>(args, group, block * Config::kBlockKV),

@@ -39,7 +39,8 @@ struct Row {
     return batch * t.batch_stride + head * t.head_stride + query * t.seq_stride;
   }
   FX_DEVICE int64_t of_group(const BwdArgs& args) const {
-    return args.first_row(batch, head / args.pack, 0) + query * args.pack + head % args.pack;
+    return args.first_row(batch, head / args.pack.by, 0) + query * args.pack.by +
+           head % args.pack.by;
   }
 };
 
@@ -72,15 +73,16 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(const BwdArgs args) {
 __global__ void __launch_bounds__(kThreads) dsinks_kernel(const BwdArgs args) {
   __shared__ float partial[kThreads];
   const AttnBwdParams& p = args.params;
-  const int head = blockIdx.x, kv_head = head / args.pack;
+  const int head = blockIdx.x, kv_head = head / args.pack.by;
   const float sink = static_cast<const float*>(p.sinks)[head] * kLog2e;
   float sum = 0.f;
   for (int64_t batch = 0; batch < p.batch; ++batch) {
     const int64_t first_q = p.cu_seqlens_q ? p.cu_seqlens_q[batch] : 0;
     const int64_t seq_q = p.cu_seqlens_q ? p.cu_seqlens_q[batch + 1] - first_q : p.seq_q;
-    const RowStats* stats = args.stats + args.first_row(batch, kv_head, first_q) + head % args.pack;
+    const RowStats* stats =
+        args.stats + args.first_row(batch, kv_head, first_q) + head % args.pack.by;
     for (int64_t i = threadIdx.x; i < seq_q; i += kThreads) {
-      const RowStats row = stats[i * args.pack];
+      const RowStats row = stats[i * args.pack.by];
       const float weight = fast_exp2(sink - row.lse);
       if (weight != 0.f) sum -= weight * row.delta;
     }
@@ -93,11 +95,14 @@ __global__ void __launch_bounds__(kThreads) dsinks_kernel(const BwdArgs args) {
   if (threadIdx.x == 0) static_cast<float*>(p.dsinks)[head] = partial[0];
 }
 
-// A thread eight columns of a row.
+// In how many pieces of eight columns a row of dq is written.
+constexpr int dq_chunks(const AttnBwdParams& p) { return static_cast<int>((p.head_dim + 7) / 8); }
+
+// A thread each.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) finish_kernel(const BwdArgs args) {
   const AttnBwdParams& p = args.params;
-  const int chunks = args.dq_cols / 8;
+  const int chunks = dq_chunks(p);
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (index >= args.rows * chunks) return;
   const Row row(p, index / chunks);
@@ -143,7 +148,7 @@ void launch_bwd_finish(const BwdPlan& plan, void* stream) {
   const BwdArgs& args = plan.args;
   const auto kernel =
       plan.variant.dtype == DType::f16 ? finish_kernel<half_t> : finish_kernel<bf16_t>;
-  kernel<<<blocks_for(args.rows * (args.dq_cols / 8)), kThreads, 0,
+  kernel<<<blocks_for(args.rows * dq_chunks(args.params)), kThreads, 0,
            static_cast<stream_t>(stream)>>>(args);
   FX_CUDA_CHECK(cudaGetLastError());
 }

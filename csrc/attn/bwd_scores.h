@@ -86,7 +86,8 @@ class BwdScores {
     if (partly)
       s.for_each([&](float& x, int m, int slot, int col) {
         const int key = key0 + s.row(m, slot);
-        if (key < facts.key_begin[first + col] || key >= facts.key_end[first + col]) x = 0.f;
+        const bool seen = key >= facts.key_begin[first + col] & key < facts.key_end[first + col];
+        x = seen ? x : 0.f;
       });
   }
 
@@ -128,7 +129,7 @@ class BwdScores {
       s.for_each([&](float& x, int, int, int) { x *= scale; });
     }
     if (p.alibi_slopes) {
-      const int diagonal = task.seq_kv - task.rows / task.pack - key0;
+      const int diagonal = task.seq_kv - task.rows / task.pack.by - key0;
       s.for_each([&](float& x, int m, int slot, int col) {
         const int distance = options(col).query + diagonal - s.row(m, slot);
         x -= options(col).slope * fabsf(static_cast<float>(distance));
@@ -159,7 +160,7 @@ class BwdScores {
     ds.for_each([&](const float& x, int m, int slot, int col) {
       const int key = key0 + ds.row(m, slot);
       if (x != 0.f)  // also false for what is hidden, and for keys and rows that are not there
-        atomicAdd(static_cast<float*>(p.dmask) + options(col).dmask + key * p.dmask_kv_stride, x);
+        add_one(static_cast<float*>(p.dmask) + options(col).dmask + key * p.dmask_kv_stride, x);
     });
   }
 

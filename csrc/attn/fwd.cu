@@ -85,13 +85,14 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   }
   const int64_t packed = ceil_div(p.seq_q * group, tile.block_q);
   const int64_t apart = ceil_div(p.seq_q, tile.block_q);
-  args.pack = shares_kv && packed < apart * group ? static_cast<int>(group) : 1;
-  args.blocks_q = static_cast<int>(args.pack > 1 ? packed : apart);
-  args.heads = p.batch * p.heads_q / args.pack;
+  const int pack = shares_kv && packed < apart * group ? static_cast<int>(group) : 1;
+  args.pack = Divisor(pack);
+  args.blocks_q = static_cast<int>(pack > 1 ? packed : apart);
+  args.heads = p.batch * p.heads_q / pack;
   args.longest_last = p.window_right >= 0;
 
   const int64_t kv_bytes = std::max<int64_t>(p.seq_kv * (p.head_dim + p.head_dim_v) * 2, 1);
-  const int64_t q_heads_of_kv = group / args.pack;
+  const int64_t q_heads_of_kv = group / pack;
   args.heads_at_once =
       static_cast<int>(std::clamp<int64_t>(gpu.l2_bytes / 2 / kv_bytes * q_heads_of_kv,
                                            q_heads_of_kv, std::max<int64_t>(args.heads, 1)));
@@ -99,7 +100,7 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   // A window leaves fewer keys to divide.
   int64_t seen = p.seq_kv;
   if (p.window_left >= 0 && p.window_right >= 0)
-    seen = std::min(seen, p.window_left + p.window_right + ceil_div(tile.block_q, args.pack));
+    seen = std::min(seen, p.window_left + p.window_right + ceil_div(tile.block_q, pack));
   const int64_t slots = int64_t{gpu.multiprocessors} * tile.blocks_per_sm;
   args.partial_rows =
       p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;

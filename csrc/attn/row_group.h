@@ -1,6 +1,7 @@
 // Query rows that read the same keys, and where they lie in tensors.
 #pragma once
 #include "../tile/platform.h"
+#include "divisor.h"
 #include "params.h"
 #include "visible.h"
 
@@ -10,19 +11,19 @@ namespace flash_ext {
 // r / pack of the (r % pack)-th of them.
 struct RowGroup {
   int batch, head, kv_head;  // head: that of row 0
-  int pack, rows;
+  Divisor pack;
+  int rows;
   int seq_kv;
   int left, right;           // query i sees the keys from i - left to i + right
   int64_t first_q, first_k;  // where the sequence starts in packed tensors
 
-  FX_DEVICE int query(int row) const { return pack == 1 ? row : row / pack; }
-  FX_DEVICE int head_of(int row) const { return pack == 1 ? head : head + row % pack; }
+  FX_DEVICE int query(int row) const { return pack.quotient(row); }
+  FX_DEVICE int head_of(int row) const { return head + row - query(row) * pack.by; }
 
   // Element offset of a row of q or o.
   FX_DEVICE int64_t offset(const TensorView& t, int row) const {
-    const int64_t first = batch * t.batch_stride + head * t.head_stride + first_q * t.seq_stride;
-    if (pack == 1) return first + row * t.seq_stride;
-    return first + row % pack * t.head_stride + row / pack * t.seq_stride;
+    return batch * t.batch_stride + head_of(row) * t.head_stride +
+           (first_q + query(row)) * t.seq_stride;
   }
   // Element offset of the KV head's first key.
   FX_DEVICE int64_t kv_offset(const TensorView& t) const {
@@ -34,10 +35,11 @@ struct RowGroup {
 };
 
 // The index-th of batch * heads_q / pack groups.
-FX_DEVICE RowGroup row_group(const AttnParams& p, unsigned index, int pack) {
+FX_DEVICE RowGroup row_group(const AttnParams& p, unsigned index, Divisor pack) {
   const unsigned heads_q = static_cast<unsigned>(p.heads_q);
-  const unsigned groups = heads_q / pack, heads_of_kv = heads_q / static_cast<unsigned>(p.heads_kv);
-  const int batch = index / groups, head = index % groups * pack;
+  const unsigned groups = heads_q / pack.by,
+                 heads_of_kv = heads_q / static_cast<unsigned>(p.heads_kv);
+  const int batch = index / groups, head = index % groups * pack.by;
   const int64_t first_q = p.cu_seqlens_q ? p.cu_seqlens_q[batch] : 0;
   const int64_t first_k = p.cu_seqlens_k ? p.cu_seqlens_k[batch] : 0;
   const int64_t seq_q = p.cu_seqlens_q ? p.cu_seqlens_q[batch + 1] - first_q : p.seq_q;
@@ -47,7 +49,7 @@ FX_DEVICE RowGroup row_group(const AttnParams& p, unsigned index, int pack) {
           head,
           static_cast<int>(head / heads_of_kv),
           pack,
-          static_cast<int>(seq_q) * pack,
+          static_cast<int>(seq_q) * pack.by,
           static_cast<int>(seq_kv),
           static_cast<int>(band.left),
           static_cast<int>(band.right),

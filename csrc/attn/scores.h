@@ -41,7 +41,7 @@ FX_DEVICE void apply_options(AccTile<T, kRows, kCols>& s, const AttnParams& p, c
       x = static_cast<const float*>(
           p.alibi_slopes)[task.batch * p.alibi_batch_stride + task.head_of(row)];
       here.v[m][r] =
-          static_cast<float>(task.query(row) + task.seq_kv - task.rows / task.pack - kv0);
+          static_cast<float>(task.query(row) + task.seq_kv - task.rows / task.pack.by - kv0);
     });
     s.for_each([&](float& x, int m, int r, int col) {
       x -= slope.v[m][r] * fabsf(here.v[m][r] - static_cast<float>(col));

@@ -33,7 +33,9 @@ struct RowVec {
   }
 };
 
-template <typename T, int kRows, int kCols>
+// kEvery: the tile is every kEvery-th column of atoms of a wider one, as the warps that share the
+// wider one divide it; col below and in for_each then counts columns of the narrow one.
+template <typename T, int kRows, int kCols, int kEvery = 1>
 struct AccTile {
   using Atom = MmaAtom<T>;
   static constexpr int kM = kRows / kAtom, kN = kCols / kAtom;
@@ -80,7 +82,7 @@ struct AccTile {
       for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int i = 0; i < Atom::kAccRegs; i += kStep) {
-          T* dst = t.data + t.offset(row0 + m * kAtom, col0 + n * kAtom,
+          T* dst = t.data + t.offset(row0 + m * kAtom, col0 + n * kAtom * kEvery,
                                      Atom::row(Atom::row_slot(i)), Atom::col(i));
           if constexpr (kStep == 2) {
             const T low = from_float<T>(atom[m][n].reg[i]);
@@ -93,9 +95,9 @@ struct AccTile {
         }
   }
   // Adds to rows of float32 in global memory, also those that others add to; row(m, slot) is where
-  // a row starts, null for none. Columns from `cols`, an even number, on are left out.
+  // a row starts, null for none.
   template <typename F>
-  FX_DEVICE void add_to_global(F row, int cols) const {
+  FX_DEVICE void add_to_global(F row) const {
     constexpr int kStep = Atom::kColsInPairs ? 2 : 1;
 #pragma unroll
     for (int m = 0; m < kM; ++m)
@@ -107,11 +109,11 @@ struct AccTile {
         for (int n = 0; n < kN; ++n)
 #pragma unroll
           for (int i = 0; i < Atom::kAccRegs; i += kStep) {
-            const int col = n * kAtom + Atom::col(i);
-            if (Atom::row_slot(i) != slot || col >= cols) continue;
+            if (Atom::row_slot(i) != slot) continue;
             const float* x = atom[m][n].reg + i;
-            if constexpr (kStep == 2) add_pair(dst + col, x[0], x[1]);
-            else atomicAdd(dst + col, x[0]);
+            float* at = dst + n * kAtom * kEvery + Atom::col(i);
+            if constexpr (kStep == 2) add_pair(at, x[0], x[1]);
+            else add_one(at, x[0]);
           }
       }
   }
@@ -148,8 +150,8 @@ struct SharedOperand {
 };
 
 // c[m, n] += a[m, k] * (b of atom n, k), for all atoms; each b is loaded one step before its use.
-template <int kSteps, typename T, int kM, int kN, typename GetA, typename LoadB>
-FX_DEVICE void mma_steps(AccTile<T, kM, kN>& c, GetA get_a, LoadB load_b) {
+template <int kSteps, typename T, int kM, int kN, int kEvery, typename GetA, typename LoadB>
+FX_DEVICE void mma_steps(AccTile<T, kM, kN, kEvery>& c, GetA get_a, LoadB load_b) {
   using Atom = MmaAtom<T>;
   constexpr int kAtomsM = kM / kAtom, kAtomsN = kN / kAtom;
   typename Atom::A a[2][kAtomsM];

@@ -4,6 +4,8 @@
 
 namespace flash_ext {
 
+FX_DEVICE void add_one(float* dst, float x) { atomicAdd(dst, x); }
+
 // dst[0] += a, dst[1] += b, each indivisible; dst is aligned to both.
 FX_DEVICE void add_pair(float* dst, float a, float b) {
 #if __CUDA_ARCH__ >= 900
