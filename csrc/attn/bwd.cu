@@ -71,7 +71,7 @@ BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic
   BwdPlan plan{{p.dtype, *head_dim, needs_general(p)}, {p}};
   BwdArgs& args = plan.args;
   BwdTile tile = bwd_tile(plan.variant, kAmd);
-  if (tile.smem_bytes(*head_dim, plan.variant.general) > gpu.smem_per_block) {
+  if (tile.smem_bytes(*head_dim, plan.variant.general, gpu.adds_async) > gpu.smem_per_block) {
     plan.variant.general = true;
     tile = bwd_tile(plan.variant, kAmd);
   }
@@ -80,6 +80,7 @@ BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic
   args.groups = p.batch * p.heads_kv;
   args.rows = p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;
   args.dq_cols = *head_dim;
+  args.dq_flip = tile.async_dq && gpu.adds_async ? 8 : 0;
   args.chains = args.blocks_kv;
   const int64_t slots = int64_t{gpu.multiprocessors} * tile.blocks_per_sm;
   if (deterministic) {

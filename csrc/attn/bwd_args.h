@@ -27,6 +27,10 @@ struct BwdArgs {
   int dq_cols = 0;              // the kernel's head_dim
   int64_t dq_chain_stride = 0;  // 0: all chains add to one
 
+  // Column c of row r of a sum lies at c ^ (r % 4 * dq_flip): 8 where sums go through shared
+  // memory, where it keeps rows in different banks; else 0.
+  int dq_flip = 0;
+
   constexpr int dq_sums() const { return dq_chain_stride ? chains : 1; }
 
   // Index of a group's first row; first_q is where its sequence starts in packed tensors.

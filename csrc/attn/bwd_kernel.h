@@ -25,9 +25,11 @@ struct BwdConfig {
   static constexpr int kDqRowParts = kBlockQ / kTile.dq_rows,
                        kDqColParts = kHeadDim / kTile.dq_cols;
   static constexpr int kDqParts = kDqRowParts * kDqColParts / kTile.warps();  // a warp
+  static constexpr bool kAsyncDq = kTile.async_dq && kHasAddAsync;
   static_assert(kBlockQ % (kWarpsD * kCols) == 0 && kHeadDim % (kWarpsD * kAtom) == 0);
   static_assert(kDqRowParts * kTile.dq_rows == kBlockQ && kDqColParts * kTile.dq_cols == kHeadDim &&
-                kDqParts * kTile.warps() == kDqRowParts * kDqColParts);
+                kDqParts * kTile.warps() == kDqRowParts * kDqColParts &&
+                (kDqColParts & (kDqColParts - 1)) == 0 && (kWarpsD & (kWarpsD - 1)) == 0);
 
   using KvTile = SharedTile<T, kBlockKV, kHeadDim>;
   using QTile = SharedTile<T, kBlockQ, kHeadDim>;
@@ -58,33 +60,41 @@ struct BwdSmem {
     return {base + 2 * kKv + 2 * Config::kStages * kQ};
   }
   FX_DEVICE typename Config::WeightTile p() const { return {ds().data + kWeights}; }  // warps_d 2
-  FX_DEVICE RowFacts<Config::kGeneral, Config::kBlockQ>& rows() const {
+  FX_DEVICE float* dq() const {
+    return reinterpret_cast<float*>(ds().data + (Config::kWarpsD > 1 ? 2 : 1) * kWeights);
+  }
+  FX_DEVICE auto& rows() const {
     return *reinterpret_cast<RowFacts<Config::kGeneral, Config::kBlockQ>*>(
-        ds().data + (Config::kWarpsD > 1 ? 2 : 1) * kWeights);
+        dq() + (Config::kAsyncDq ? kQ : 0));
   }
 };
 
-// Starts to copy a block of query rows of q and grad_o.
+// Copies blocks of query rows of q or grad_o.
 template <typename Config>
-FX_DEVICE void load_rows(const BwdSmem<Config>& smem, const BwdArgs& args, const BwdTask& task,
-                         int block) {
+struct RowLoader {
   using T = typename Config::T;
-  const AttnBwdParams& p = args.params;
-  const auto load = [&](typename Config::QTile dst, const TensorView& t, int64_t cols) {
+  const TensorView& view;
+  const BwdTask& task;
+  const T* first;
+  int cols;
+  bool chunks;
+
+  FX_DEVICE RowLoader(const TensorView& t, const BwdTask& task, int64_t cols)
+      : view(t), task(task), first(static_cast<const T*>(t.data) + task.first_offset(t)),
+        cols(static_cast<int>(cols)), chunks(in_chunks(t)) {}
+
+  FX_DEVICE void load(typename Config::QTile dst, int block) const {
     load_tile<Config::kThreads, !Config::kGeneral>(
-        dst, [&](int row) { return static_cast<const T*>(t.data) + task.offset(t, row); },
-        block * Config::kBlockQ, task.rows, static_cast<int>(cols), in_chunks(t));
-  };
-  load(smem.q(block), p.q, p.head_dim);
-  load(smem.grad_o(block), p.grad_o, p.head_dim_v);
-}
+        dst, [&](int row) { return first + task.from_first(view, row); }, block * Config::kBlockQ,
+        task.rows, cols, chunks);
+  }
+};
 
 // dq of a block of rows += ds k, with ds = [keys, rows] in shared memory.
 template <typename Config>
-FX_DEVICE void add_dq(const BwdSmem<Config>& smem, const BwdArgs& args, const BwdTask& task,
-                      float* sums, int row0) {
-  constexpr int kRows = Config::kTile.dq_rows;
+FX_DEVICE void add_dq(const BwdSmem<Config>& smem, const BwdTask& task, float* sums, int row0) {
   using Atom = MmaAtom<typename Config::T>;
+  constexpr int kRows = Config::kTile.dq_rows, kHeadDim = Config::kHeadDim;
 #pragma unroll
   for (int i = 0; i < Config::kDqParts; ++i) {
     const int part = static_cast<int>(warp_id()) * Config::kDqParts + i;
@@ -101,11 +111,37 @@ FX_DEVICE void add_dq(const BwdSmem<Config>& smem, const BwdArgs& args, const Bw
         [&](int n, int k) {
           return Atom::load_b_transposed(k_cols, n * kAtom * Config::kDqColParts, k * kAtom);
         });
-    dq.add_to_global([&](int m, int slot) -> float* {
-      const int row = row0 + part_row + dq.row(m, slot);
-      return row < task.rows ? sums + row * int64_t{Config::kHeadDim} + part_col : nullptr;
-    });
+    struct RowOfDq {
+      float* address;
+      int flip;
+    };
+    if constexpr (Config::kAsyncDq) {
+      dq.put_rows(
+          [&](int m, int slot) {
+            const int row = part_row + dq.row(m, slot);
+            const int flip = static_cast<int>((task.first_row + row) % 4 * 8) ^ part_col;
+            return RowOfDq{smem.dq() + row * kHeadDim, flip};
+          },
+          [](float* at, float a, float b) { *reinterpret_cast<float2*>(at) = {a, b}; });
+    } else {
+      dq.put_rows(
+          [&](int m, int slot) {
+            const int row = row0 + part_row + dq.row(m, slot);
+            return RowOfDq{row < task.rows ? sums + row * int64_t{kHeadDim} + part_col : nullptr,
+                           0};
+          },
+          [](float* at, auto... x) { add_to(at, x...); });
+    }
   }
+}
+
+// Lets one thread add what add_dq left in shared memory.
+template <typename Config>
+FX_DEVICE void start_adding_dq(const BwdSmem<Config>& smem, const BwdTask& task, float* sums,
+                               int row0) {
+  const int rows = std::min(task.rows, row0 + Config::kBlockQ) - row0;
+  if (threadIdx.x == 0)
+    add_async(sums + row0 * int64_t{Config::kHeadDim}, smem.dq(), rows * Config::kHeadDim);
 }
 
 // Writes dk or dv, times a factor, through the memory of k or v.
@@ -143,9 +179,14 @@ FX_DEVICE void bwd_block(const BwdArgs& args, const BwdTask& task, const BwdSmem
   };
   load_kv(smem.k(), p.k, p.head_dim);
   load_kv(smem.v(), p.v, p.head_dim_v);
+  const RowLoader<Config> q_rows(p.q, task, p.head_dim), grad_o_rows(p.grad_o, task, p.head_dim_v);
+  const auto load_rows = [&](int block) {
+    q_rows.load(smem.q(block), block);
+    grad_o_rows.load(smem.grad_o(block), block);
+  };
   RowFactsLoader<Config::kGeneral, kBlockQ> facts(args, task);
   if (task.block_begin < task.block_end) {
-    load_rows(smem, args, task, task.block_begin);
+    load_rows(task.block_begin);
     facts.fetch(task.block_begin);
   }
   copy_commit();
@@ -158,8 +199,10 @@ FX_DEVICE void bwd_block(const BwdArgs& args, const BwdTask& task, const BwdSmem
     facts.put(smem.rows());
     copy_wait<0>();
     __syncthreads();  // this block has arrived; nobody reads the one before nor its ds any more
+    if (Config::kAsyncDq && block > task.block_begin)
+      start_adding_dq(smem, task, dq_sums, row0 - kBlockQ);
     if (more) facts.fetch(block + 1);
-    if (Config::kStages == 2 && more) load_rows(smem, args, task, block + 1);
+    if (Config::kStages == 2 && more) load_rows(block + 1);
     copy_commit();
 
 #pragma unroll
@@ -184,7 +227,8 @@ FX_DEVICE void bwd_block(const BwdArgs& args, const BwdTask& task, const BwdSmem
         s.store(ColumnsOf(smem.p(), warp_row), warp_key, part);
       }
     }
-    __syncthreads();  // ds (and p) of all warps are there
+    if (Config::kAsyncDq && threadIdx.x == 0) wait_add_async_read();
+    __syncthreads();  // ds (and p) of all warps are there; nobody reads smem.dq() any more
     if constexpr (kWarpsD > 1) {
       const auto weights_times = [&](typename Config::KvGrad& x, typename Config::WeightTile w,
                                      typename Config::QTile rows) {
@@ -201,14 +245,17 @@ FX_DEVICE void bwd_block(const BwdArgs& args, const BwdTask& task, const BwdSmem
     }
     if constexpr (Config::kStages == 1) {
       if constexpr (kWarpsD > 1) __syncthreads();  // nobody reads q and grad_o any more
-      if (more) load_rows(smem, args, task, block + 1);
+      if (more) load_rows(block + 1);
       copy_commit();
     }
-    add_dq(smem, args, task, dq_sums, row0);
+    add_dq(smem, task, dq_sums, row0);
+    if (Config::kAsyncDq) publish_to_add_async();
   }
 
   copy_wait<0>();   // k and v have arrived, also where no row was there to wait for them
-  __syncthreads();  // nobody reads k and v any more
+  __syncthreads();  // nobody reads k and v any more; the last dq is in smem.dq()
+  if (Config::kAsyncDq && task.block_begin < task.block_end)
+    start_adding_dq(smem, task, dq_sums, (task.block_end - 1) * kBlockQ);
   const float dv_factor = Config::kGeneral ? 65536.f / (65536.f - p.dropout_threshold) : 1.f;
   write_kv_grad<Config>(dk, static_cast<float>(p.scale), smem.k(), p.dk, task, warp_key, warp_col,
                         p.head_dim);
@@ -229,6 +276,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     bwd_block<Config>(
         args, bwd_task<Config::kBlockKV, Config::kBlockQ>(args, group, block * Config::kBlockKV),
         smem, sums);
+    // Also keeps the order in which a chain adds to dq.
+    if (Config::kAsyncDq && threadIdx.x == 0) wait_add_async();
     __syncthreads();  // what the next block loads overwrites nothing that is still read
   }
 }

@@ -8,14 +8,15 @@ namespace flash_ext {
 template <BwdVariant kVariant>
 void launch_bwd(const BwdArgs& args, const GpuFacts& gpu, void* stream) {
   using Config = BwdConfig<kVariant>;
-  constexpr int kSmemBytes = Config::kTile.smem_bytes(kVariant.head_dim, kVariant.general);
   const auto kernel = attn_bwd_kernel<Config>;
-  if constexpr (kSmemBytes > 48 * 1024)
+  const int smem_bytes =
+      Config::kTile.smem_bytes(kVariant.head_dim, kVariant.general, gpu.adds_async);
+  if (smem_bytes > 48 * 1024)
     FX_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                       cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes));
+                                       cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
   const int64_t blocks = args.groups * args.chains;
   FX_CHECK(blocks < int64_t{1} << 31, "k: too many rows for one call");
-  kernel<<<static_cast<unsigned>(blocks), Config::kTile.warps() * gpu.warp_size, kSmemBytes,
+  kernel<<<static_cast<unsigned>(blocks), Config::kTile.warps() * gpu.warp_size, smem_bytes,
            static_cast<stream_t>(stream)>>>(args);
   FX_CUDA_CHECK(cudaGetLastError());
 }

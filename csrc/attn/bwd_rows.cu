@@ -107,7 +107,9 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const BwdArgs args) {
   if (index >= args.rows * chunks) return;
   const Row row(p, index / chunks);
   const int col = static_cast<int>(index % chunks) * 8;
-  const float* src = args.dq + row.of_group(args) * args.dq_cols + col;
+  const int64_t from = row.of_group(args);
+  const float* src =
+      args.dq + from * args.dq_cols + (col ^ static_cast<int>(from % 4) * args.dq_flip);
   float x[8] = {};
   for (int sum = 0; sum < args.dq_sums(); ++sum, src += args.dq_chain_stride)
     for (int i = 0; i < 8; ++i) x[i] += src[i];

@@ -19,10 +19,17 @@ struct RowOptions {
 
 // What a block of query rows is told to all warps, in shared memory.
 template <bool kGeneral, int kRows>
-struct RowFacts {
+struct RowFacts;
+
+template <int kRows>
+struct RowFacts<false, kRows> {
   float lse[kRows], delta[kRows];
   int key_begin[kRows], key_end[kRows];  // the keys it sees
-  RowOptions options[kGeneral ? kRows : 1];
+};
+
+template <int kRows>
+struct RowFacts<true, kRows> : RowFacts<false, kRows> {
+  RowOptions options[kRows];
 };
 
 // Thread t fetches row t of a block, and puts it in shared memory later.
@@ -160,7 +167,7 @@ class BwdScores {
     ds.for_each([&](const float& x, int m, int slot, int col) {
       const int key = key0 + ds.row(m, slot);
       if (x != 0.f)  // also false for what is hidden, and for keys and rows that are not there
-        add_one(static_cast<float*>(p.dmask) + options(col).dmask + key * p.dmask_kv_stride, x);
+        add_to(static_cast<float*>(p.dmask) + options(col).dmask + key * p.dmask_kv_stride, x);
     });
   }
 

@@ -20,36 +20,44 @@ struct BwdTile {
   int stages;            // 2: q and grad_o are loaded a block ahead
   int dq_rows, dq_cols;  // of dq, what a warp computes at a time; the columns again every so many
   int blocks_per_sm;     // that the registers must leave room for
+  bool async_dq;         // dq is added by the copy engine where there is one, from shared memory
 
   constexpr int warps() const { return warps_kv * warps_d; }
   constexpr int keys_per_warp() const { return block_kv / warps_kv; }
-  constexpr int smem_bytes(int head_dim, bool general) const {
-    const int tiles = (2 * block_kv + 2 * stages * block_q) * head_dim * 2;
-    const int weights = (warps_d > 1 ? 2 : 1) * block_kv * block_q * 2;
-    return tiles + weights + block_q * (general ? 48 : 16) + 32;
+  // In parts, each a multiple of 128 bytes.
+  constexpr int operand_bytes(int head_dim) const {
+    return (2 * block_kv + 2 * stages * block_q) * head_dim * 2;
+  }
+  constexpr int weight_bytes() const { return (warps_d > 1 ? 2 : 1) * block_kv * block_q * 2; }
+  constexpr int dq_bytes(int head_dim, bool adds_async) const {
+    return async_dq && adds_async ? block_q * head_dim * 4 : 0;
+  }
+  constexpr int smem_bytes(int head_dim, bool general, bool adds_async) const {
+    return operand_bytes(head_dim) + weight_bytes() + dq_bytes(head_dim, adds_async) +
+           block_q * (general ? 56 : 16);
   }
 };
 
 // The general tiles fit 99 KB of shared memory (AMD: 64 KB).
 constexpr BwdTile bwd_tile(BwdVariant v, bool amd) {
   if (amd) {
-    if (v.head_dim <= 96) return {64, 64, 4, 1, 32, 1, 16, 32, 1};
-    if (v.head_dim == 128) return {64, 32, 4, 1, 32, 1, 16, 32, 1};
-    if (v.head_dim == 192) return {32, 32, 2, 1, 16, 1, 16, 32, 1};
-    return {16, 32, 1, 2, 16, 1, 16, 32, 1};
+    if (v.head_dim <= 96) return {64, 64, 4, 1, 32, 1, 16, v.head_dim, 1, false};
+    if (v.head_dim == 128) return {64, 32, 4, 1, 32, 1, 16, 64, 1, false};
+    if (v.head_dim == 192) return {32, 32, 2, 1, 16, 1, 16, 48, 1, false};
+    return {16, 32, 1, 2, 16, 1, 16, 32, 1, false};
   }
   if (v.general) {
-    if (v.head_dim <= 128) return {64, 64, 4, 1, 32, 1, 16, 32, 1};
-    if (v.head_dim == 192) return {64, 32, 4, 1, 16, 1, 16, 32, 1};
-    return {32, 32, 2, 2, 16, 1, 16, 64, 1};
+    if (v.head_dim <= 128) return {64, 64, 4, 1, 32, 1, 16, v.head_dim, 1, false};
+    if (v.head_dim == 192) return {64, 32, 4, 1, 16, 1, 16, 96, 1, false};
+    return {32, 32, 2, 2, 16, 1, 16, 64, 1, false};
   }
   switch (v.head_dim) {
-    case 32: return {128, 128, 4, 1, 32, 2, 32, 32, 2};
-    case 64: return {128, 64, 4, 1, 32, 2, 32, 32, 2};
-    case 96: return {64, 64, 2, 2, 32, 2, 32, 48, 2};
-    case 128: return {128, 64, 4, 2, 32, 2, 32, 32, 1};
-    case 192: return {64, 64, 2, 4, 16, 2, 32, 48, 1};
-    default: return {64, 64, 2, 4, 16, 2, 32, 64, 1};
+    case 32: return {128, 128, 4, 1, 32, 2, 32, 32, 2, true};
+    case 64: return {128, 64, 4, 1, 32, 2, 32, 32, 2, true};
+    case 96: return {64, 64, 2, 2, 32, 2, 32, 48, 2, true};
+    case 128: return {128, 64, 4, 2, 32, 2, 32, 32, 1, true};
+    case 192: return {64, 64, 2, 4, 16, 2, 32, 48, 1, true};
+    default: return {64, 64, 2, 4, 16, 1, 32, 64, 1, true};
   }
 }
 

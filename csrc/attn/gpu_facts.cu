@@ -20,7 +20,8 @@ GpuFacts gpu_facts(int device) {
       attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrWarpSize, device),
       attribute(kAmd ? cudaDevAttrMaxSharedMemoryPerBlock : cudaDevAttrMaxSharedMemoryPerBlockOptin,
                 device),
-      attribute(cudaDevAttrL2CacheSize, device)};
+      attribute(cudaDevAttrL2CacheSize, device),
+      !kAmd && attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9};
 }
 
 CurrentDevice::CurrentDevice(int device) : previous(device) {

@@ -5,6 +5,7 @@ namespace flash_ext {
 
 struct GpuFacts {
   int multiprocessors, warp_size, smem_per_block, l2_bytes;
+  bool adds_async;  // see tile/atomic.h
 };
 GpuFacts gpu_facts(int device);
 

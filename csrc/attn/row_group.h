@@ -20,10 +20,16 @@ struct RowGroup {
   FX_DEVICE int query(int row) const { return pack.quotient(row); }
   FX_DEVICE int head_of(int row) const { return head + row - query(row) * pack.by; }
 
-  // Element offset of a row of q or o.
+  // Element offsets in q or o: of row 0, and from there to a row.
+  FX_DEVICE int64_t first_offset(const TensorView& t) const {
+    return batch * t.batch_stride + head * t.head_stride + first_q * t.seq_stride;
+  }
+  FX_DEVICE int64_t from_first(const TensorView& t, int row) const {
+    const int q = query(row);
+    return q * t.seq_stride + (row - q * pack.by) * t.head_stride;
+  }
   FX_DEVICE int64_t offset(const TensorView& t, int row) const {
-    return batch * t.batch_stride + head_of(row) * t.head_stride +
-           (first_q + query(row)) * t.seq_stride;
+    return first_offset(t) + from_first(t, row);
   }
   // Element offset of the KV head's first key.
   FX_DEVICE int64_t kv_offset(const TensorView& t) const {

@@ -94,26 +94,25 @@ struct AccTile {
           }
         }
   }
-  // Adds to rows of float32 in global memory, also those that others add to; row(m, slot) is where
-  // a row starts, null for none.
-  template <typename F>
-  FX_DEVICE void add_to_global(F row) const {
-    constexpr int kStep = Atom::kColsInPairs ? 2 : 1;
+  // put(address, value) or put(address, value, the next column's) for every element, where
+  // row(m, slot) is {address of column 0, null for none; what to flip in the bits of columns}.
+  template <typename Row, typename Put>
+  FX_DEVICE void put_rows(Row row, Put put) const {
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int slot = 0; slot < Atom::kRowsPerLane; ++slot) {
-        float* dst = row(m, slot);
+        const auto [dst, flip] = row(m, slot);
         if (!dst) continue;
 #pragma unroll
         for (int n = 0; n < kN; ++n)
 #pragma unroll
-          for (int i = 0; i < Atom::kAccRegs; i += kStep) {
+          for (int i = 0; i < Atom::kAccRegs; ++i) {
             if (Atom::row_slot(i) != slot) continue;
             const float* x = atom[m][n].reg + i;
-            float* at = dst + n * kAtom * kEvery + Atom::col(i);
-            if constexpr (kStep == 2) add_pair(at, x[0], x[1]);
-            else add_one(at, x[0]);
+            float* at = dst + ((n * kAtom * kEvery + Atom::col(i)) ^ flip);
+            if constexpr (!Atom::kColsInPairs) put(at, x[0]);
+            else if (i % 2 == 0) put(at, x[0], x[1]);
           }
       }
   }
