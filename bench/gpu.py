@@ -11,7 +11,13 @@ import flash_ext
 from flash_ext.measure import progress, table
 from flash_ext.testing import Case
 
-PEERS = {"FA2": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION", "mem-eff": "EFFICIENT_ATTENTION"}
+PEERS = {
+    "FA2": "FLASH_ATTENTION",
+    "cuDNN": "CUDNN_ATTENTION",
+    "mem-eff": "EFFICIENT_ATTENTION",
+    "math": "MATH",  # its products in float32 proper: torch.backends.cuda.matmul.allow_tf32 is False by default
+}
+PEERS_OF = {torch.float32: ("mem-eff", "math")}  # other dtypes: all but math
 
 
 def rows():
@@ -41,6 +47,18 @@ def rows():
     yield Case("decode-b32-8k-mha", 32, 32, 32, 1, 8192, 128), torch.bfloat16
     yield Case("decode-b64-4k-mqa", 64, 64, 1, 1, 4096, 128), torch.bfloat16
     yield causal("speculate-b16-4-8k-gqa", 16, 32, 8, 4, 8192, 128), torch.bfloat16
+
+    for is_causal in (False, True):
+        for name, *sizes in (
+            ("f32-d64-2k", 4, 16, 16, 2048, 2048, 64),
+            ("f32-d80-2k", 4, 16, 16, 2048, 2048, 80),
+            ("f32-d128-4k", 2, 16, 16, 4096, 4096, 128),
+            ("f32-d256-2k", 2, 8, 8, 2048, 2048, 256),
+        ):
+            yield Case(name + "-causal" * is_causal, *sizes, is_causal=is_causal), torch.float32
+    yield Case("f32-d64-512", 16, 12, 12, 512, 512, 64), torch.float32
+    yield Case("f32-decode-b1-8k-gqa", 1, 32, 8, 1, 8192, 128), torch.float32
+    yield Case("f32-decode-b32-4k-mha", 32, 16, 16, 1, 4096, 64), torch.float32
 
 
 def sdpa_call(backend, case, q, k, v):
@@ -100,7 +118,8 @@ def seconds(call, least):
 
 
 def measure(case, dtype, options, tick):
-    found = calls(case, dtype, ["flash_ext", *PEERS])
+    peers = PEERS_OF.get(dtype, [name for name in PEERS if name != "math"])
+    found = calls(case, dtype, ["flash_ext", *peers])
     times = {name: [] for name in found}
     for _ in range(options.rounds):
         for name, call in found.items():
@@ -129,11 +148,11 @@ def text_table(results):
     lines = [
         (
             r["title"], r["unit"], f"{r['seconds']['flash_ext'] * 1e6:.0f} us",
-            *(rate(r, name) for name in ("flash_ext", *PEERS)), ratio(r, "FA2"), ratio(r, "cuDNN"),
+            *(rate(r, name) for name in ("flash_ext", *PEERS)), *(ratio(r, name) for name in PEERS),
         )
         for r in results
     ]  # fmt: skip
-    return table(("case", "unit", "time", "flash_ext", *PEERS, "x FA2", "x cuDNN"), lines)
+    return table(("case", "unit", "time", "flash_ext", *PEERS, *(f"x {name}" for name in PEERS)), lines)
 
 
 def main():
@@ -151,8 +170,10 @@ def main():
     with progress(len(chosen) * options.rounds, "measuring") as bar:
         results = [measure(case, dtype, options, bar.update) for case, dtype in chosen]
     print(text_table(results))
-    ratios = [r["rates"]["flash_ext"] / r["rates"]["FA2"] for r in results if "FA2" in r["rates"]]
-    print(f"geometric mean over FA2: {statistics.geometric_mean(ratios):.3f}")
+    for peer in PEERS:
+        ratios = [r["rates"]["flash_ext"] / r["rates"][peer] for r in results if peer in r["rates"]]
+        if ratios:
+            print(f"geometric mean over {peer}: {statistics.geometric_mean(ratios):.3f}")
     print(common.save("gpu", facts, results))
 
 

@@ -10,7 +10,10 @@ template <typename T, int kRows, int kCols>
 struct SharedTile {
   static_assert(sizeof(T) == 2 && kCols % 16 == 0);
   static constexpr int kChunks = kCols / 8;
+  static constexpr int kBytes = kRows * kCols * 2;
   T* data;
+
+  FX_DEVICE static SharedTile in(unsigned char* smem) { return {reinterpret_cast<T*>(smem)}; }
 
   FX_DEVICE T* at(unsigned row, unsigned col) const { return data + offset(0, 0, row, col); }
 
@@ -28,5 +31,23 @@ struct SharedTile {
   static constexpr unsigned kLowBit = kChunks & -kChunks, kSpread = kLowBit < 8 ? kLowBit : 8;
   FX_DEVICE static unsigned swizzle(unsigned row) { return row / (8 / kSpread) % kSpread; }
 };
+
+// float32 values lie there split (split.h): three bfloat16 tiles, `planes`, one behind the other.
+template <int kRows, int kCols>
+struct SharedTile<float, kRows, kCols> : SharedTile<bf16_t, kRows, kCols> {
+  static constexpr int kPlane = kRows * kCols;  // elements
+  static constexpr int kBytes = 3 * SharedTile<bf16_t, kRows, kCols>::kBytes;
+
+  FX_DEVICE static SharedTile in(unsigned char* smem) {
+    return {{reinterpret_cast<bf16_t*>(smem)}};
+  }
+};
+
+// The p-th plane of a float32 tile, or of a part of one: to be used as a bfloat16 tile.
+template <typename Tile>
+FX_DEVICE Tile plane(Tile t, int p) {
+  t.data += p * Tile::kPlane;
+  return t;
+}
 
 }  // namespace flash_ext
