@@ -57,18 +57,20 @@ struct MmaAtom<float> : MmaAtom<bf16_t> {
   struct Parts {
     Acc of[kParts];
   };
+  template <bool kFinite = false>
   FX_DEVICE static Parts parts(const Acc& c) {
     Parts parts;
 #pragma unroll
     for (int i = 0; i < kAccRegs; ++i) {
-      const Split x = split(c.reg[i]);
+      const Split x = split<kFinite>(c.reg[i]);
 #pragma unroll
       for (int p = 0; p < kParts; ++p) parts.of[p].reg[i] = x.part[p];
     }
     return parts;
   }
+  // An infinity becomes NaN: softmax has none, and this is in the innermost loop.
   FX_DEVICE static A to_operand(const Acc& c) {
-    const Parts parts = MmaAtom::parts(c);
+    const Parts parts = MmaAtom::parts<true>(c);
     A a;
 #pragma unroll
     for (int p = 0; p < kParts; ++p) a.part[p] = Narrow::to_operand(parts.of[p]);

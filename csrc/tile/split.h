@@ -14,9 +14,11 @@ struct Split {
   float part[kParts];
 };
 
+// kFinite: x is known to be no infinity, or what becomes NaN where it is one; NaN stays NaN.
+template <bool kFinite = false>
 FX_DEVICE Split split(float x) {
   constexpr uint32_t kKept = 0xffff0000u, kHalf = 0x8000u;
-  const bool finite = fabsf(x) < INFINITY;
+  const bool finite = kFinite || fabsf(x) < INFINITY;
   // Rounded towards zero, the first part cannot overflow; the second is rounded to nearest, so that
   // the terms left out of a product have either sign.
   const float first = __uint_as_float(__float_as_uint(finite ? x : 0.f) & kKept);
