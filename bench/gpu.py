@@ -12,7 +12,16 @@ import flash_ext
 from flash_ext.measure import progress, table
 from flash_ext.testing import Case
 
-PEERS = {"FA2": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION", "mem-eff": "EFFICIENT_ATTENTION"}
+PEERS = {
+    "FA2": "FLASH_ATTENTION",
+    "cuDNN": "CUDNN_ATTENTION",
+    "mem-eff": "EFFICIENT_ATTENTION",
+    "math": "MATH",  # its products in float32 proper: torch.backends.cuda.matmul.allow_tf32 is False by default
+}
+
+
+def peers_of(dtype):
+    return ("mem-eff", "math") if dtype == torch.float32 else ("FA2", "cuDNN", "mem-eff")
 
 
 def rows():
@@ -42,6 +51,18 @@ def rows():
     yield Case("decode-b32-8k-mha", 32, 32, 32, 1, 8192, 128), torch.bfloat16
     yield Case("decode-b64-4k-mqa", 64, 64, 1, 1, 4096, 128), torch.bfloat16
     yield causal("speculate-b16-4-8k-gqa", 16, 32, 8, 4, 8192, 128), torch.bfloat16
+
+    for is_causal in (False, True):
+        for name, *sizes in (
+            ("f32-d64-2k", 4, 16, 16, 2048, 2048, 64),
+            ("f32-d80-2k", 4, 16, 16, 2048, 2048, 80),
+            ("f32-d128-4k", 2, 16, 16, 4096, 4096, 128),
+            ("f32-d256-2k", 2, 8, 8, 2048, 2048, 256),
+        ):
+            yield Case(name + "-causal" * is_causal, *sizes, is_causal=is_causal), torch.float32
+    yield Case("f32-d64-512", 16, 12, 12, 512, 512, 64), torch.float32
+    yield Case("f32-decode-b1-8k-gqa", 1, 32, 8, 1, 8192, 128), torch.float32
+    yield Case("f32-decode-b32-4k-mha", 32, 16, 16, 1, 4096, 64), torch.float32
 
 
 def sdpa_call(backend, case, q, k, v):
@@ -135,11 +156,11 @@ def text_table(results, names):
     lines = [
         (
             r["title"], r["unit"], f"{r['seconds']['flash_ext'] * 1e6:.0f} us",
-            *(rate(r, name) for name in names), ratio(r, "FA2"), ratio(r, "cuDNN"),
+            *(rate(r, name) for name in names), *(ratio(r, name) for name in PEERS),
         )
         for r in results
     ]  # fmt: skip
-    return table(("case", "unit", "time", *names, "x FA2", "x cuDNN"), lines)
+    return table(("case", "unit", "time", *names, *(f"x {name}" for name in PEERS)), lines)
 
 
 def main(title, name, all_rows, calls, names, backward=False):
@@ -158,12 +179,15 @@ def main(title, name, all_rows, calls, names, backward=False):
     results = []
     with progress(len(chosen) * options.rounds, "measuring") as bar:
         for case, dtype in chosen:
-            results.append(measure(case, dtype, calls(case, dtype, names), backward, options, bar.update))
-    print(text_table(results, names))
-    ratios = [r["rates"]["flash_ext"] / r["rates"]["FA2"] for r in results if "FA2" in r["rates"]]
-    print(f"geometric mean over FA2: {statistics.geometric_mean(ratios):.3f}")
+            found = calls(case, dtype, [*names, *peers_of(dtype)])
+            results.append(measure(case, dtype, found, backward, options, bar.update))
+    print(text_table(results, [*names, *PEERS]))
+    for peer in PEERS:
+        ratios = [r["rates"]["flash_ext"] / r["rates"][peer] for r in results if peer in r["rates"]]
+        if ratios:
+            print(f"geometric mean over {peer}: {statistics.geometric_mean(ratios):.3f}")
     print(common.save(name, facts, results))
 
 
 if __name__ == "__main__":
-    main(__doc__, "gpu", rows(), calls, ("flash_ext", *PEERS))
+    main(__doc__, "gpu", rows(), calls, ["flash_ext"])

@@ -23,8 +23,9 @@ BACKENDS = {
     "math": "plain torch operations, the definition: any device and dtype, materialises the scores",
 }  # fastest first
 CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
-GPU_DTYPES = frozenset((torch.bfloat16, torch.float16))
+GPU_DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
 GPU_HEAD_DIM = 256
+HIP_HEAD_DIM_FLOAT32 = 192  # more does not fit the 64 KB of shared memory
 GPU_KERNELS = native is not None and native.build_info()["device"] in ("cuda", "rocm")
 
 # Set by use_backend. Process-wide, so that torch.compile guards on it and autograd's threads agree.
@@ -146,10 +147,12 @@ def gpu_obstacle(query, value, attn_mask, deterministic):
     if dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
     if dtype not in GPU_DTYPES:
-        return f"it has float16 and bfloat16, not yet {str(dtype).removeprefix('torch.')}"
+        return f"it has float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
     head_dim = max(query.shape[-1], value.shape[-1])
     if head_dim > GPU_HEAD_DIM:
         return f"it has head_dim up to {GPU_HEAD_DIM}, not {head_dim}"
+    if torch.version.hip and dtype == torch.float32 and head_dim > HIP_HEAD_DIM_FLOAT32:
+        return f"it has head_dim up to {HIP_HEAD_DIM_FLOAT32} in float32 on AMD, not {head_dim}"
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()

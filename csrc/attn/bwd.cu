@@ -13,11 +13,14 @@ namespace {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+int element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
 // Rows that cannot be read or written 16 bytes at a time, and options that change scores.
 bool needs_general(const AttnBwdParams& p) {
-  const bool chunks = in_chunks(p.q) && in_chunks(p.k) && in_chunks(p.v) && in_chunks(p.grad_o) &&
-                      in_chunks(p.dk) && in_chunks(p.dv) &&
-                      (p.head_dim % 8 | p.head_dim_v % 8) == 0;
+  const int bytes = element_bytes(p.dtype);
+  bool chunks = (p.head_dim | p.head_dim_v) * bytes % 16 == 0;
+  for (const TensorView& t : {p.q, p.k, p.v, p.grad_o, p.dk, p.dv})
+    chunks = chunks && in_chunks(t, bytes);
   return !chunks || p.mask.data || p.softcap > 0 || p.alibi_slopes || p.dropout_threshold;
 }
 
@@ -42,7 +45,7 @@ int choose_chains(int64_t groups, int64_t blocks_kv, int64_t slots) {
 }
 
 template <DType kDType>
-BwdLauncher find_bwd_of(BwdVariant v) {
+BwdLauncher find_bwd_of_dtype(BwdVariant v) {
   switch (v.head_dim) {
     case 32: return find_bwd<kDType, 32>(v);
     case 64: return find_bwd<kDType, 64>(v);
@@ -53,14 +56,21 @@ BwdLauncher find_bwd_of(BwdVariant v) {
   }
 }
 
+BwdLauncher find_bwd_of(BwdVariant v) {
+  switch (v.dtype) {
+    case DType::f16: return find_bwd_of_dtype<DType::f16>(v);
+    case DType::bf16: return find_bwd_of_dtype<DType::bf16>(v);
+    default: return find_bwd_of_dtype<DType::f32>(v);
+  }
+}
+
 }  // namespace
 
 BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic) {
   const int64_t wide = std::max(p.head_dim, p.head_dim_v);
   const int* head_dim = std::lower_bound(std::begin(kFwdHeadDims), std::end(kFwdHeadDims), wide);
   FX_CHECK(head_dim != std::end(kFwdHeadDims), "q: expected head_dim of at most 256, got ", wide);
-  FX_CHECK(p.dtype == DType::f16 || p.dtype == DType::bf16,
-           "q: expected float16 or bfloat16 on a GPU");
+  FX_CHECK(p.dtype != DType::f64, "q: expected float16, bfloat16 or float32 on a GPU");
   FX_CHECK(!deterministic || !dmask_is_shared(p),
            "deterministic: the gradient of a broadcast attn_mask is not, on a GPU");
   const int64_t pack = p.heads_q / std::max<int64_t>(p.heads_kv, 1);
@@ -71,10 +81,14 @@ BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic
   BwdPlan plan{{p.dtype, *head_dim, needs_general(p)}, {p}};
   BwdArgs& args = plan.args;
   BwdTile tile = bwd_tile(plan.variant, kAmd);
-  if (tile.smem_bytes(*head_dim, plan.variant.general, gpu.adds_async) > gpu.smem_per_block) {
+  if (tile.smem_bytes(plan.variant, gpu.adds_async) > gpu.smem_per_block) {
     plan.variant.general = true;
     tile = bwd_tile(plan.variant, kAmd);
   }
+  const int smem_bytes = tile.smem_bytes(plan.variant, gpu.adds_async);
+  FX_CHECK(smem_bytes <= gpu.smem_per_block, "q: the gradient of head_dim ", wide,
+           " in this dtype needs ", smem_bytes, " bytes of shared memory, this GPU has ",
+           gpu.smem_per_block);
   args.pack = Divisor(static_cast<int>(pack));
   args.blocks_kv = static_cast<int>(ceil_div(p.seq_kv, tile.block_kv));
   args.groups = p.batch * p.heads_kv;
@@ -88,7 +102,8 @@ BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic
     args.dq_chain_stride = args.rows * args.dq_cols;
   }
   // q, grad_o and the sums of dq.
-  const int64_t group_bytes = p.seq_q * pack * ((p.head_dim + p.head_dim_v) * 2 + args.dq_cols * 4);
+  const int64_t group_bytes =
+      p.seq_q * pack * ((p.head_dim + p.head_dim_v) * element_bytes(p.dtype) + args.dq_cols * 4);
   args.groups_at_once = static_cast<int>(std::clamp<int64_t>(
       gpu.l2_bytes / 2 / std::max<int64_t>(group_bytes, 1), 1, std::max<int64_t>(args.groups, 1)));
   return plan;
@@ -105,18 +120,13 @@ void BwdPlan::use_scratch(float* scratch) {
 
 void launch_bwd(const BwdPlan& plan, const GpuFacts& gpu, void* stream) {
   const BwdArgs& args = plan.args;
-  const bool f16 = plan.variant.dtype == DType::f16;
   if (args.rows > 0) {
     FX_CUDA_CHECK(cudaMemsetAsync(args.dq, 0, plan.dq_floats() * sizeof(float),
                                   static_cast<stream_t>(stream)));
     launch_bwd_stats(plan, stream);
   }
   if (args.params.dsinks) launch_bwd_dsinks(plan, stream);
-  if (args.groups * args.chains > 0) {
-    const BwdLauncher launch =
-        f16 ? find_bwd_of<DType::f16>(plan.variant) : find_bwd_of<DType::bf16>(plan.variant);
-    launch(args, gpu, stream);
-  }
+  if (args.groups * args.chains > 0) find_bwd_of(plan.variant)(args, gpu, stream);
   if (args.rows > 0) launch_bwd_finish(plan, stream);
 }
 

@@ -7,13 +7,14 @@
 #include "bwd_scores.h"
 #include "bwd_task.h"
 #include "bwd_variants.h"
+#include "element.h"
 #include "load_tile.h"
 
 namespace flash_ext {
 
 template <BwdVariant kVariant>
 struct BwdConfig {
-  using T = std::conditional_t<kVariant.dtype == DType::f16, half_t, bf16_t>;
+  using T = Element<kVariant.dtype>;
   static constexpr BwdTile kTile = bwd_tile(kVariant, kAmd);
   static constexpr bool kGeneral = kVariant.general;
   static constexpr int kHeadDim = kVariant.head_dim;
@@ -42,30 +43,30 @@ struct BwdConfig {
 // How shared memory is divided.
 template <typename Config>
 struct BwdSmem {
-  using T = typename Config::T;
-  T* base;
-  static constexpr int kKv = Config::kBlockKV * Config::kHeadDim;
-  static constexpr int kQ = Config::kBlockQ * Config::kHeadDim;
-  static constexpr int kWeights = Config::kBlockKV * Config::kBlockQ;
+  using KvTile = typename Config::KvTile;
+  using QTile = typename Config::QTile;
+  using WeightTile = typename Config::WeightTile;
+  static constexpr int kQ = 2 * KvTile::kBytes, kGradO = kQ + Config::kStages * QTile::kBytes;
+  static constexpr int kDs = kGradO + Config::kStages * QTile::kBytes;
+  static constexpr int kP = kDs + WeightTile::kBytes;
+  static constexpr int kDq = Config::kWarpsD > 1 ? kP + WeightTile::kBytes : kP;
+  static constexpr int kRows =
+      kDq + (Config::kAsyncDq ? Config::kBlockQ * Config::kHeadDim * int{sizeof(float)} : 0);
+  unsigned char* base;
 
-  FX_DEVICE typename Config::KvTile k() const { return {base}; }
-  FX_DEVICE typename Config::KvTile v() const { return {base + kKv}; }
-  FX_DEVICE typename Config::QTile q(int block) const {
-    return {base + 2 * kKv + block % Config::kStages * kQ};
+  FX_DEVICE KvTile k() const { return KvTile::in(base); }
+  FX_DEVICE KvTile v() const { return KvTile::in(base + KvTile::kBytes); }
+  FX_DEVICE QTile q(int block) const {
+    return QTile::in(base + kQ + block % Config::kStages * QTile::kBytes);
   }
-  FX_DEVICE typename Config::QTile grad_o(int block) const {
-    return {base + 2 * kKv + (Config::kStages + block % Config::kStages) * kQ};
+  FX_DEVICE QTile grad_o(int block) const {
+    return QTile::in(base + kGradO + block % Config::kStages * QTile::kBytes);
   }
-  FX_DEVICE typename Config::WeightTile ds() const {
-    return {base + 2 * kKv + 2 * Config::kStages * kQ};
-  }
-  FX_DEVICE typename Config::WeightTile p() const { return {ds().data + kWeights}; }  // warps_d 2
-  FX_DEVICE float* dq() const {
-    return reinterpret_cast<float*>(ds().data + (Config::kWarpsD > 1 ? 2 : 1) * kWeights);
-  }
+  FX_DEVICE WeightTile ds() const { return WeightTile::in(base + kDs); }
+  FX_DEVICE WeightTile p() const { return WeightTile::in(base + kP); }
+  FX_DEVICE float* dq() const { return reinterpret_cast<float*>(base + kDq); }
   FX_DEVICE auto& rows() const {
-    return *reinterpret_cast<RowFacts<Config::kGeneral, Config::kBlockQ>*>(
-        dq() + (Config::kAsyncDq ? kQ : 0));
+    return *reinterpret_cast<RowFacts<Config::kGeneral, Config::kBlockQ>*>(base + kRows);
   }
 };
 
@@ -81,7 +82,7 @@ struct RowLoader {
 
   FX_DEVICE RowLoader(const TensorView& t, const BwdTask& task, int64_t cols)
       : view(t), task(task), first(static_cast<const T*>(t.data) + task.first_offset(t)),
-        cols(static_cast<int>(cols)), chunks(in_chunks(t)) {}
+        cols(static_cast<int>(cols)), chunks(in_chunks(t, sizeof(T))) {}
 
   FX_DEVICE void load(typename Config::QTile dst, int block) const {
     load_tile<Config::kThreads, !Config::kGeneral>(
@@ -156,7 +157,7 @@ FX_DEVICE void write_kv_grad(typename Config::KvGrad& x, float factor, typename 
   T* base = static_cast<T*>(dst.data) + task.kv_offset(dst);
   store_tile<Config::kThreads, !Config::kGeneral>(
       smem, [&](int row) { return base + row * dst.seq_stride; }, task.key0, task.seq_kv,
-      static_cast<int>(cols), in_chunks(dst) && cols % 8 == 0);
+      static_cast<int>(cols), in_chunks(dst, sizeof(T)) && cols % (16 / sizeof(T)) == 0);
 }
 
 template <typename Config>
@@ -175,7 +176,7 @@ FX_DEVICE void bwd_block(const BwdArgs& args, const BwdTask& task, const BwdSmem
     const T* base = static_cast<const T*>(t.data) + task.kv_offset(t);
     load_tile<Config::kThreads, !Config::kGeneral>(
         dst, [&](int row) { return base + row * t.seq_stride; }, task.key0, task.seq_kv,
-        static_cast<int>(cols), in_chunks(t));
+        static_cast<int>(cols), in_chunks(t, sizeof(T)));
   };
   load_kv(smem.k(), p.k, p.head_dim);
   load_kv(smem.v(), p.v, p.head_dim_v);
@@ -266,7 +267,7 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     attn_bwd_kernel(const BwdArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
-  const BwdSmem<Config> smem{reinterpret_cast<typename Config::T*>(memory)};
+  const BwdSmem<Config> smem{memory};
   const auto [chain, index] =
       block_of_group(blockIdx.x, args.chains, args.groups, args.groups_at_once);
   const RowGroup group = row_group(args.params, index, args.pack);

@@ -9,8 +9,7 @@ template <BwdVariant kVariant>
 void launch_bwd(const BwdArgs& args, const GpuFacts& gpu, void* stream) {
   using Config = BwdConfig<kVariant>;
   const auto kernel = attn_bwd_kernel<Config>;
-  const int smem_bytes =
-      Config::kTile.smem_bytes(kVariant.head_dim, kVariant.general, gpu.adds_async);
+  const int smem_bytes = Config::kTile.smem_bytes(kVariant, gpu.adds_async);
   if (smem_bytes > 48 * 1024)
     FX_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                        cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));

@@ -14,16 +14,32 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kLanesOfRow = 8;  // that read a row together
 
-// The count (up to 8) first of eight values at any address, then zeros.
+// Eight values, read or written 16 bytes at a time where they are aligned.
 template <typename T>
-FX_DEVICE void load_floats(float (&x)[8], const T* src, int count, bool in_chunks) {
-  if (in_chunks && count >= 8) {
-    const uint4 chunk = *reinterpret_cast<const uint4*>(src);
-    for (int i = 0; i < 8; ++i) x[i] = to_float(reinterpret_cast<const T*>(&chunk)[i]);
-  } else {
-    for (int i = 0; i < 8; ++i) x[i] = i < count ? to_float(src[i]) : 0.f;
+struct Eight {
+  static constexpr int kChunks = 8 * sizeof(T) / sizeof(uint4);
+  union {
+    T value[8];
+    uint4 chunk[kChunks];
+  };
+
+  FX_DEVICE Eight() : chunk{} {}
+  // The count first ones; the others are zero.
+  FX_DEVICE Eight(const T* src, int count, bool in_chunks) : chunk{} {
+    if (in_chunks && count >= 8)
+      for (int i = 0; i < kChunks; ++i) chunk[i] = reinterpret_cast<const uint4*>(src)[i];
+    else
+      for (int i = 0; i < 8; ++i)
+        if (i < count) value[i] = src[i];
   }
-}
+  FX_DEVICE void store(T* dst, int count, bool in_chunks) const {
+    if (in_chunks && count >= 8)
+      for (int i = 0; i < kChunks; ++i) reinterpret_cast<uint4*>(dst)[i] = chunk[i];
+    else
+      for (int i = 0; i < 8; ++i)
+        if (i < count) dst[i] = value[i];
+  }
+};
 
 // Where row `index` of (head, query) or (batch, head, query) lies: in tensors, lse, and the
 // backward's own order.
@@ -54,13 +70,13 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(const BwdArgs args) {
   const T* o = static_cast<const T*>(p.o.data) + row.offset(p.o);
   const T* grad_o = static_cast<const T*>(p.grad_o.data) + row.offset(p.grad_o);
   const int cols = static_cast<int>(p.head_dim_v);
-  const bool o_in_chunks = in_chunks(p.o), grad_in_chunks = in_chunks(p.grad_o);
+  const bool o_in_chunks = in_chunks(p.o, sizeof(T));
+  const bool grad_in_chunks = in_chunks(p.grad_o, sizeof(T));
   float sum = 0.f;
   for (int col = 8 * lane; col < cols; col += 8 * kLanesOfRow) {
-    float x[8], y[8];
-    load_floats(x, o + col, cols - col, o_in_chunks);
-    load_floats(y, grad_o + col, cols - col, grad_in_chunks);
-    for (int i = 0; i < 8; ++i) sum += x[i] * y[i];
+    const Eight<T> x(o + col, cols - col, o_in_chunks);
+    const Eight<T> y(grad_o + col, cols - col, grad_in_chunks);
+    for (int i = 0; i < 8; ++i) sum += to_float(x.value[i]) * to_float(y.value[i]);
   }
   for (int mask = 1; mask < kLanesOfRow; mask *= 2) sum += shuffle_xor(sum, mask);
   if (lane != 0 || index >= args.rows) return;
@@ -113,15 +129,18 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const BwdArgs args) {
   float x[8] = {};
   for (int sum = 0; sum < args.dq_sums(); ++sum, src += args.dq_chain_stride)
     for (int i = 0; i < 8; ++i) x[i] += src[i];
-  T result[8];
-  for (int i = 0; i < 8; ++i) result[i] = from_float<T>(x[i] * static_cast<float>(p.scale));
+  Eight<T> result;
+  for (int i = 0; i < 8; ++i) result.value[i] = from_float<T>(x[i] * static_cast<float>(p.scale));
   T* dst = static_cast<T*>(p.dq.data) + row.offset(p.dq) + col;
-  const int count = static_cast<int>(std::min<int64_t>(p.head_dim - col, 8));
-  if (in_chunks(p.dq) && count == 8) {
-    *reinterpret_cast<uint4*>(dst) = *reinterpret_cast<const uint4*>(result);
-  } else {
-    for (int i = 0; i < count; ++i) dst[i] = result[i];
-  }
+  result.store(dst, static_cast<int>(p.head_dim) - col, in_chunks(p.dq, sizeof(T)));
+}
+
+// f(a T) for the type of the tensors.
+template <typename F>
+void with_element(DType dtype, F f) {
+  if (dtype == DType::f16) f(half_t{});
+  else if (dtype == DType::bf16) f(bf16_t{});
+  else f(float{});
 }
 
 unsigned blocks_for(int64_t threads) {
@@ -134,9 +153,10 @@ unsigned blocks_for(int64_t threads) {
 
 void launch_bwd_stats(const BwdPlan& plan, void* stream) {
   const BwdArgs& args = plan.args;
-  const auto kernel =
-      plan.variant.dtype == DType::f16 ? stats_kernel<half_t> : stats_kernel<bf16_t>;
-  kernel<<<blocks_for(args.rows * kLanesOfRow), kThreads, 0, static_cast<stream_t>(stream)>>>(args);
+  with_element(plan.variant.dtype, [&](auto element) {
+    stats_kernel<decltype(element)>
+        <<<blocks_for(args.rows * kLanesOfRow), kThreads, 0, static_cast<stream_t>(stream)>>>(args);
+  });
   FX_CUDA_CHECK(cudaGetLastError());
 }
 
@@ -148,10 +168,10 @@ void launch_bwd_dsinks(const BwdPlan& plan, void* stream) {
 
 void launch_bwd_finish(const BwdPlan& plan, void* stream) {
   const BwdArgs& args = plan.args;
-  const auto kernel =
-      plan.variant.dtype == DType::f16 ? finish_kernel<half_t> : finish_kernel<bf16_t>;
-  kernel<<<blocks_for(args.rows * dq_chunks(args.params)), kThreads, 0,
-           static_cast<stream_t>(stream)>>>(args);
+  with_element(plan.variant.dtype, [&](auto element) {
+    finish_kernel<decltype(element)><<<blocks_for(args.rows * dq_chunks(args.params)), kThreads, 0,
+                                       static_cast<stream_t>(stream)>>>(args);
+  });
   FX_CUDA_CHECK(cudaGetLastError());
 }
 

@@ -24,22 +24,37 @@ struct BwdTile {
 
   constexpr int warps() const { return warps_kv * warps_d; }
   constexpr int keys_per_warp() const { return block_kv / warps_kv; }
-  // In parts, each a multiple of 128 bytes.
-  constexpr int operand_bytes(int head_dim) const {
-    return (2 * block_kv + 2 * stages * block_q) * head_dim * 2;
-  }
-  constexpr int weight_bytes() const { return (warps_d > 1 ? 2 : 1) * block_kv * block_q * 2; }
-  constexpr int dq_bytes(int head_dim, bool adds_async) const {
-    return async_dq && adds_async ? block_q * head_dim * 4 : 0;
-  }
-  constexpr int smem_bytes(int head_dim, bool general, bool adds_async) const {
-    return operand_bytes(head_dim) + weight_bytes() + dq_bytes(head_dim, adds_async) +
-           block_q * (general ? 56 : 16);
+  constexpr int smem_bytes(const BwdVariant& v, bool adds_async) const {
+    const int bytes = v.dtype == DType::f32 ? 6 : 2;  // as SharedTile::kBytes
+    const int tiles = (2 * block_kv + 2 * stages * block_q) * v.head_dim * bytes;
+    const int weights = (warps_d > 1 ? 2 : 1) * block_kv * block_q * bytes;
+    const int dq = async_dq && adds_async ? block_q * v.head_dim * 4 : 0;
+    return tiles + weights + dq + block_q * (v.general ? 56 : 16);
   }
 };
 
+// float32: six products for one, and three times the memory.
+constexpr BwdTile bwd_tile_f32(BwdVariant v, bool amd) {
+  if (amd) {
+    if (v.head_dim <= 64) return {32, 32, 2, 1, 16, 1, 16, v.head_dim, 1, false};
+    return {16, 16, 1, 1, 16, 1, 16, 32, 1, false};
+  }
+  switch (v.head_dim) {
+    case 32: return {64, 64, 4, 1, 32, 1, 16, 32, 2, false};
+    case 64: return {64, 32, 4, 1, 32, 1, 16, 32, 2, false};
+    case 96: return {32, 32, 2, 1, 16, 1, 16, 96, 2, false};
+    case 128:
+      if (v.general) return {32, 16, 2, 1, 16, 1, 16, 64, 1, false};
+      return {64, 32, 4, 1, 16, 1, 16, 64, 1, false};
+    default:
+      if (v.general) return {16, 16, 1, 1, 16, 1, 16, v.head_dim / 4, 1, false};
+      return {32, 32, 2, 2, 16, 1, 16, v.head_dim / 4, 1, false};
+  }
+}
+
 // The general tiles fit 99 KB of shared memory (AMD: 64 KB).
 constexpr BwdTile bwd_tile(BwdVariant v, bool amd) {
+  if (v.dtype == DType::f32) return bwd_tile_f32(v, amd);
   if (amd) {
     if (v.head_dim <= 96) return {64, 64, 4, 1, 32, 1, 16, v.head_dim, 1, false};
     if (v.head_dim == 128) return {64, 32, 4, 1, 32, 1, 16, 64, 1, false};

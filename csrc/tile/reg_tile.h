@@ -33,6 +33,24 @@ struct RowVec {
   }
 };
 
+// Rounds an atom's accumulators to T and writes them to a tile.
+template <typename T, typename Tile>
+FX_DEVICE void store_atom(const typename MmaAtom<T>::Acc& acc, const Tile& t, int row0, int col0) {
+  using Atom = MmaAtom<T>;
+  constexpr int kStep = Atom::kColsInPairs ? 2 : 1;
+#pragma unroll
+  for (int i = 0; i < Atom::kAccRegs; i += kStep) {
+    T* dst = t.data + t.offset(row0, col0, Atom::row(Atom::row_slot(i)), Atom::col(i));
+    if constexpr (kStep == 2) {
+      const T low = from_float<T>(acc.reg[i]), high = from_float<T>(acc.reg[i + 1]);
+      *reinterpret_cast<uint32_t*>(dst) =
+          reinterpret_cast<const uint16_t&>(low) | reinterpret_cast<const uint16_t&>(high) << 16;
+    } else {
+      *dst = from_float<T>(acc.reg[i]);
+    }
+  }
+}
+
 // kEvery: the tile is every kEvery-th column of atoms of a wider one, as the warps that share the
 // wider one divide it; col below and in for_each then counts columns of the narrow one.
 template <typename T, int kRows, int kCols, int kEvery = 1>
@@ -75,24 +93,20 @@ struct AccTile {
   // Rounds to T and writes to a tile, from (row0, col0) on; col0 is known to the compiler.
   template <typename Tile>
   FX_DEVICE void store(const Tile& t, int row0, int col0 = 0) const {
-    constexpr int kStep = Atom::kColsInPairs ? 2 : 1;
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
-      for (int n = 0; n < kN; ++n)
+      for (int n = 0; n < kN; ++n) {
+        if constexpr (std::is_same_v<T, float>) {
+          const auto parts = Atom::parts(atom[m][n]);
 #pragma unroll
-        for (int i = 0; i < Atom::kAccRegs; i += kStep) {
-          T* dst = t.data + t.offset(row0 + m * kAtom, col0 + n * kAtom * kEvery,
-                                     Atom::row(Atom::row_slot(i)), Atom::col(i));
-          if constexpr (kStep == 2) {
-            const T low = from_float<T>(atom[m][n].reg[i]);
-            const T high = from_float<T>(atom[m][n].reg[i + 1]);
-            *reinterpret_cast<uint32_t*>(dst) = reinterpret_cast<const uint16_t&>(low) |
-                                                reinterpret_cast<const uint16_t&>(high) << 16;
-          } else {
-            *dst = from_float<T>(atom[m][n].reg[i]);
-          }
+          for (int p = 0; p < kParts; ++p)
+            store_atom<bf16_t>(parts.of[p], plane(t, p), row0 + m * kAtom,
+                               col0 + n * kAtom * kEvery);
+        } else {
+          store_atom<T>(atom[m][n], t, row0 + m * kAtom, col0 + n * kAtom * kEvery);
         }
+      }
   }
   // put(address, value) or put(address, value, the next column's) for every element, where
   // row(m, slot) is {address of column 0, null for none; what to flip in the bits of columns}.
@@ -121,7 +135,7 @@ struct AccTile {
   FX_DEVICE static bool speaks_for_row() { return Atom::col(0) == 0; }
 };
 
-// A 16-bit operand tile in registers.
+// An operand tile in registers.
 template <typename T, int kRows, int kCols>
 struct OperandTile {
   using Atom = MmaAtom<T>;

@@ -9,7 +9,10 @@ namespace flash_ext {
 template <typename T, int kRows, int kCols>
 struct SharedTile {
   static_assert(sizeof(T) == 2 && kCols % 16 == 0);
+  static constexpr int kBytes = kRows * kCols * 2;
   T* data;
+
+  FX_DEVICE static SharedTile in(unsigned char* smem) { return {reinterpret_cast<T*>(smem)}; }
 
   FX_DEVICE T* at(unsigned row, unsigned col) const { return data + lane_offset(row, col); }
 
@@ -54,5 +57,24 @@ struct ColumnsOf : Tile {
     return (lane_offset(row, col) ^ Tile::flip(col0)) + Tile::jump(row0, col0);
   }
 };
+
+// float32 values lie there split (split.h): three bfloat16 tiles, `planes`, one behind the other.
+template <int kRows, int kCols>
+struct SharedTile<float, kRows, kCols> : SharedTile<bf16_t, kRows, kCols> {
+  static constexpr int kPlane = kRows * kCols;  // elements
+  static constexpr int kBytes = 3 * SharedTile<bf16_t, kRows, kCols>::kBytes;
+
+  FX_DEVICE static SharedTile in(unsigned char* smem) {
+    return {{reinterpret_cast<bf16_t*>(smem)}};
+  }
+  FX_DEVICE SharedTile below(unsigned row0) const { return {{this->data + row0 * kCols}}; }
+};
+
+// The p-th plane of a float32 tile, or of a part of one: to be used as a bfloat16 tile.
+template <typename Tile>
+FX_DEVICE Tile plane(Tile t, int p) {
+  t.data += p * Tile::kPlane;
+  return t;
+}
 
 }  // namespace flash_ext
