@@ -33,8 +33,7 @@ struct FwdConfig {
                                       SharedOperand<T, QTile>>;
 };
 
-// Copies blocks of one KV head's keys or values: load starts it, and once the thread's copies have
-// arrived, finish ends it.
+// Copies blocks of one KV head's keys or values. With staging, load starts it and finish ends it.
 template <typename Config>
 struct KvLoader {
   using T = typename Config::T;
@@ -55,8 +54,10 @@ struct KvLoader {
       typename Config::Staging{staging}.start(address, row0, rows, cols, chunks);
     else load_tile<Config::kThreads, !Config::kGeneral>(dst, address, row0, rows, cols, chunks);
   }
+  // The newest load is still on its way, and another's.
   FX_DEVICE void finish(typename Config::KvTile dst) const {
-    if constexpr (Config::kTile.staged) typename Config::Staging{staging}.finish(dst);
+    copy_wait<1>();
+    typename Config::Staging{staging}.finish(dst);
   }
 };
 
@@ -137,6 +138,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     attn_fwd_kernel(const FwdArgs args) {
   using T = typename Config::T;
   constexpr int kStages = Config::kStages, kBlockKV = Config::kBlockKV;
+  constexpr bool kStaged = Config::kTile.staged;
+  static_assert(!kStaged || kStages == 1);
   const AttnParams& p = args.params;
   const FwdTask task = fwd_task<Config::kBlockQ, kBlockKV>(args);
   if (task.row0 >= task.rows) return;  // this sequence is shorter than the longest
@@ -152,17 +155,18 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const auto v_smem = [&](int block) {
     return KvTile::in(smem + QTile::kBytes + (kStages + block % kStages) * KvTile::kBytes);
   };
-  static_assert(!Config::kTile.staged || kStages == 1);  // the two share it, in turns
   float* staging = reinterpret_cast<float*>(smem + QTile::kBytes + 2 * kStages * KvTile::kBytes);
   const KvLoader<Config> keys(p.k, task, static_cast<int>(p.head_dim), staging);
-  const KvLoader<Config> values(p.v, task, static_cast<int>(p.head_dim_v), staging);
+  const KvLoader<Config> values(p.v, task, static_cast<int>(p.head_dim_v),
+                                staging + kBlockKV * Config::kHeadDim);
 
   load_tile<Config::kThreads, !Config::kGeneral>(
       q_smem, [&](int row) { return static_cast<const T*>(p.q.data) + task.offset(p.q, row); },
       task.row0, task.rows, static_cast<int>(p.head_dim), in_chunks(p.q, sizeof(T)));
   if (task.block_begin < task.block_end) {
     keys.load(k_smem(task.block_begin), task.block_begin);
-    if constexpr (kStages == 2) values.load(v_smem(task.block_begin), task.block_begin);
+    if constexpr (kStaged) copy_commit();
+    if constexpr (kStages == 2 || kStaged) values.load(v_smem(task.block_begin), task.block_begin);
   }
   copy_commit();
 
@@ -178,26 +182,38 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   o.clear();
   typename Config::Softmax softmax;
 
+  // Half of the warps split between barriers before they multiply, the others after it: so the
+  // matrix units have work while the arithmetic ones split.
+  const bool splits_first = Config::kTile.warps > 4 && warp_id() / 4 % 2;
+  if constexpr (kStaged)
+    if (task.block_begin < task.block_end) keys.finish(k_smem(task.block_begin));
+
   for (int block = task.block_begin; block < task.block_end; ++block) {
     const int next = block + 1, kv0 = block * kBlockKV;
-    copy_wait<0>();
-    keys.finish(k_smem(block));
+    if constexpr (!kStaged) copy_wait<0>();
     __syncthreads();  // this block has arrived; nobody reads the one before any more
-    if constexpr (kStages == 1) {
+    if constexpr (kStages == 1 && !kStaged) {
       values.load(v_smem(block), block);
     } else if (next < task.block_end) {
       keys.load(k_smem(next), next);
-      values.load(v_smem(next), next);
+      if constexpr (kStages == 2) values.load(v_smem(next), next);
     }
     copy_commit();
+    if constexpr (kStaged)
+      if (splits_first) values.finish(v_smem(block));
 
     typename Config::Scores s;
     s.clear();
     mma_abt<Config::kHeadDim>(s, q, k_smem(block));  // s = q k^T
 
-    if constexpr (kStages == 1) {
+    if constexpr (kStaged) {
+      if (!splits_first) values.finish(v_smem(block));
+      __syncthreads();  // v is split; nobody reads k any more
+      if (next < task.block_end) values.load(v_smem(next), next);
+      copy_commit();
+      if (splits_first && next < task.block_end) keys.finish(k_smem(next));
+    } else if constexpr (kStages == 1) {
       copy_wait<0>();
-      values.finish(v_smem(block));
       __syncthreads();  // v has arrived; nobody reads k any more
       if (next < task.block_end) keys.load(k_smem(next), next);
       copy_commit();
@@ -213,6 +229,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     if constexpr (Config::kGeneral)
       if (p.dropout_threshold) apply_dropout(s, p, task, task.row0 + warp_row, kv0);
     mma_ab(o, s, v_smem(block));  // o += p v
+    if constexpr (kStaged)
+      if (!splits_first && next < task.block_end) keys.finish(k_smem(next));
   }
 
   normalise<Config>(o, softmax, args, task, task.row0 + warp_row);

@@ -27,26 +27,32 @@ struct FwdTile {
   constexpr int rows_per_warp() const { return block_q / warps; }
   constexpr int smem_bytes(const FwdVariant& v) const {
     const int bytes = v.dtype == DType::f32 ? 6 : 2;  // as SharedTile::kBytes
-    return ((block_q + 2 * stages * block_kv) * bytes + (staged ? 4 * block_kv : 0)) * v.head_dim;
+    return ((block_q + 2 * stages * block_kv) * bytes + (staged ? 8 * block_kv : 0)) * v.head_dim;
   }
 };
 
 // float32: the general tiles, and those of few rows, fit 99 KB of shared memory (AMD: 64 KB, but for
 // head_dim 256).
 constexpr FwdTile fwd_tile_f32(FwdVariant v, bool amd) {
-  if (v.few_rows) return {16, 16, 1, 1, amd ? 1 : 5, v.head_dim <= 64, !amd && v.head_dim <= 192};
+  if (v.few_rows) return {16, 16, 1, 1, amd ? 1 : 4, false, !amd && v.head_dim <= 192};
   if (amd) {
     if (v.head_dim <= 96) return {64, v.head_dim <= 64 ? 32 : 16, 4, 1, 1, false};
     return {v.head_dim <= 128 ? 32 : 16, 16, v.head_dim <= 128 ? 2 : 1, 1, 1, false};
   }
-  if (v.general && v.head_dim == 128) return {64, 16, 4, 1, 2, false, true};
+  if (v.head_dim <= 64) return {128, 32, 4, 1, 2, false, true};
+  if (v.general) {
+    switch (v.head_dim) {
+      case 96: return {64, 32, 4, 1, 1, false, true};
+      case 128: return {64, 16, 4, 1, 1, false, true};
+      case 192: return {32, 16, 2, 1, 1, false, true};
+      default: return {32, 16, 2, 1, 1, false};
+    }
+  }
   switch (v.head_dim) {
-    case 32:
-    case 64: return {128, 32, 4, 1, 2, false, true};
     case 96:
-    case 128: return {64, 32, 4, 1, 2, false, true};
-    case 192: return {32, 16, 2, 1, 2, false, true};
-    default: return {32, 16, 2, 1, 2, false};
+    case 128: return {128, 32, 8, 1, 1, v.head_dim == 128, true};
+    case 192: return {128, 16, 8, 1, 1, false, true};
+    default: return {96, 16, 6, 1, 1, false, true};
   }
 }
 
