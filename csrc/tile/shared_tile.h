@@ -14,6 +14,12 @@ struct SharedTile {
 
   FX_DEVICE T* at(unsigned row, unsigned col) const { return data + offset(0, 0, row, col); }
 
+  // The same for addresses: what does not depend on the lane stands apart, so that it can become part
+  // of the instruction.
+  FX_DEVICE T* at(unsigned row0, unsigned col0, unsigned row, unsigned col) const {
+    return data + (row0 * kCols + col0 / 64 * 64) + offset(0, col0 % 64, row, col);
+  }
+
   // Elements from data to (row0 + row, col0 + col), where row0 and col0 are multiples of 16 and row
   // and col below that: then what depends on the lane is the same for all (row0, col0) but for an
   // XOR of few values, and is computed once.

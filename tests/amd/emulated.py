@@ -1,0 +1,217 @@
+"""The AMD kernels, compiled for the CPU: the real hipify, then clang with emulator/hip in the place of HIP.
+
+build("gfx9") gives a module whose attn_fwd works on numpy arrays; install() puts such a module behind torch's CPU
+ops, so that flash_ext.attn and all of flash_ext.testing run on the emulated kernels.
+"""
+
+import hashlib
+import importlib.util
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pybind11
+import torch
+from torch.utils.hipify import hipify_python
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+BUILD = ROOT / "build/amd"
+FAMILIES = {"gfx9": "__GFX9__", "gfx11": "__GFX11__", "gfx12": "__GFX12__"}
+OLDEST_CLANG = 18  # _Float16, __bf16 and vectors of them on x86
+
+COMMON = (
+    "-std=c++20 -O2 -g0 -march=x86-64-v3 -fPIC -fno-strict-aliasing -w -D__HIP__ -DUSE_ROCM"
+).split()
+CHECKED = (
+    "-O1 -fsanitize=thread -mllvm -tsan-instrument-func-entry-exit=0 -mllvm -tsan-instrument-atomics=0 -x c++"
+).split()
+
+
+def clang():
+    """clang++ that can compile the emulator, or None."""
+    names = [os.environ.get("CLANG", "")] + [f"clang++-{n}" for n in range(30, OLDEST_CLANG - 1, -1)] + ["clang++"]
+    for name in filter(shutil.which, names):
+        text = subprocess.run([name, "--version"], capture_output=True, text=True).stdout
+        match = re.search(r"clang version (\d+)", text)
+        if match and int(match[1]) >= OLDEST_CLANG:
+            return name
+    return None
+
+
+def missing():
+    """Why the emulator cannot be built here, or None."""
+    if platform.machine() != "x86_64" or platform.system() != "Linux":
+        return "the lane emulator needs Linux on x86-64"
+    return None if clang() else f"the lane emulator needs clang++ {OLDEST_CLANG} or newer (or CLANG=...)"
+
+
+def hipified(name, edits=()):
+    """A copy of csrc as hipify makes it, in build/amd; edits: (file, text, other text), each of which must apply."""
+    copy = BUILD / name / "csrc"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(ROOT / "csrc", copy, ignore=shutil.ignore_patterns("cpu", "sm90", "*.cpp"))
+    for file, old, new in edits:
+        text = (copy / file).read_text()
+        assert text.count(old) == 1, f"{file} has {text.count(old)} times: {old}"
+        (copy / file).write_text(text.replace(old, new))
+    sources = sorted(map(str, copy.rglob("*.cu")))
+    done = hipify_python.hipify(
+        project_directory=str(copy),
+        output_directory=str(copy),
+        header_include_dirs=[str(copy)],
+        includes=[f"{copy}/*"],
+        extra_files=sources,
+        show_progress=False,
+        is_pytorch_extension=True,
+        hipify_extra_files_only=True,
+    )
+    return copy, [Path(done[source].hipified_path or source) for source in sources]
+
+
+def build(family, edits=(), only=""):
+    """The module of one family. only: a regular expression; of the kernels in fwd_hd*.hip, those whose name it finds."""
+    name = family if not (edits or only) else f"{family}_{digest(repr(edits) + only)}"
+    copy, sources = hipified(name, edits)
+    kernels = [path for path in sources if "_hd" not in path.name or re.search(only, path.name)]
+    flags = [*COMMON, f"-D{FAMILIES[family]}", f"-DFX_MODULE=emulated_{name}"]
+    flags += [f"-I{path}" for path in (HERE / "emulator", copy, pybind11.get_include(), sysconfig.get_path("include"))]
+    headers = digest(*(path.read_bytes() for path in sorted([*copy.rglob("*.h"), *HERE.rglob("*.h")])))
+
+    def compile(source):
+        checked = CHECKED if source.suffix == ".hip" else []
+        command = [clang(), *flags, *checked, "-c", str(source)]
+        kept = BUILD / "objects" / f"{family}-{source.stem}-{digest(*command, headers, source.read_bytes())}.o"
+        if not kept.is_file():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = kept.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+            subprocess.run([*command, "-o", str(unfinished)], check=True)
+            unfinished.rename(kept)
+        return str(kept)
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        objects = list(pool.map(compile, [*sorted((HERE / "emulator").glob("*.cpp")), *kernels]))
+    # The kernels apart from the binding: what is thread_local beside them is taken for shared memory (emulator/simt.cpp).
+    folder = BUILD / name
+    binding = next(path for path in objects if "-binding-" in path)
+    kernels, library = folder / f"libkernels_{name}.so", folder / f"emulated_{name}.so"
+    link = [clang(), "-shared", "-Wl,-z,lazy"]  # lazy: what `only` has left out is never called
+    objects.remove(binding)
+    subprocess.run([*link, "-Wl,-Bsymbolic", f"-Wl,-soname,{kernels.name}", "-o", kernels, *objects], check=True)
+    subprocess.run([*link, "-Wl,-rpath,$ORIGIN", "-o", library, binding, kernels], check=True)
+    return load(f"emulated_{name}", library)
+
+
+def load(name, library):
+    spec = importlib.util.spec_from_file_location(name, library)
+    flags = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_LAZY)
+    try:
+        module = importlib.util.module_from_spec(spec)
+    finally:
+        sys.setdlopenflags(flags)
+    spec.loader.exec_module(module)
+    return module
+
+
+def digest(*parts):
+    hash = hashlib.sha256()
+    for part in parts:
+        hash.update(part if isinstance(part, bytes) else part.encode())
+    return hash.hexdigest()[:16]
+
+
+class Ops:
+    """torch's ops on an emulated GPU with this many multiprocessors; they decide into how many parts keys are split."""
+
+    def __init__(self, module, multiprocessors):
+        self.module, self.multiprocessors = module, multiprocessors
+
+    def attn_fwd(
+        self, q, k, v, scale, window_left=-1, window_right=-1, top_left=False, out_bshd=False, softcap=0.0,
+        dropout_p=0.0, attn_mask=None, alibi_slopes=None, sinks=None, rng_state=None, deterministic=False,
+    ):  # fmt: skip
+        batch, heads_q, seq_q, _ = q.shape
+        shape = (batch, seq_q, heads_q, v.shape[3]) if out_bshd else (batch, heads_q, seq_q, v.shape[3])
+        out, lse = guarded(shape, q.dtype), guarded((batch, heads_q, seq_q), torch.float32)
+        if out_bshd:
+            out = out.transpose(1, 2)
+        options = self.options(
+            scale, window_left, window_right, top_left, softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state
+        )
+        return self.forward(q, k, v, out, lse, options)
+
+    def attn_varlen_fwd(
+        self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, window_left=-1, window_right=-1,
+        top_left=False, softcap=0.0, dropout_p=0.0, attn_mask=None, alibi_slopes=None, sinks=None, rng_state=None,
+        deterministic=False,
+    ):  # fmt: skip
+        total_q, heads_q, _ = q.shape
+        out, lse = guarded((total_q, heads_q, v.shape[2]), q.dtype), guarded((heads_q, total_q), torch.float32)
+        options = self.options(
+            scale, window_left, window_right, top_left, softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state
+        )
+        options |= dict(cu_seqlens_q=to_numpy(cu_seqlens_q), cu_seqlens_k=to_numpy(cu_seqlens_k))
+        return self.forward(q, k, v, out, lse, options | dict(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k))
+
+    def forward(self, q, k, v, out, lse, options):
+        arrays = [to_numpy(x) for x in (with_contiguous_rows(q), with_contiguous_rows(k), with_contiguous_rows(v))]
+        self.module.attn_fwd(*arrays, to_numpy(out), to_numpy(lse), self.multiprocessors, options)
+        check_guards(out, lse)
+        return out, lse
+
+    def options(
+        self, scale, window_left, window_right, top_left, softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state
+    ):
+        tensors = dict(attn_mask=attn_mask, alibi_slopes=alibi_slopes, sinks=sinks, rng_state=rng_state)
+        return dict(
+            scale=scale, window_left=window_left, window_right=window_right, top_left=top_left, softcap=softcap,
+            dropout_threshold=min(round(dropout_p * 65536), 65535),
+            **{name: to_numpy(x) for name, x in tensors.items() if x is not None},
+        )  # fmt: skip
+
+
+def to_numpy(tensor):
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def with_contiguous_rows(tensor):
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+GUARD = 64
+
+
+def guarded(shape, dtype):
+    """A tensor of NaNs between NaNs."""
+    storage = torch.full((GUARD + math.prod(shape) + GUARD,), torch.nan, dtype=dtype)
+    return storage[GUARD:-GUARD].view(shape)
+
+
+def check_guards(*tensors):
+    for tensor in tensors:
+        storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+        assert storage[:GUARD].isnan().all() and storage[-GUARD:].isnan().all(), "a kernel wrote beyond its output"
+
+
+@contextmanager
+def installed(module, multiprocessors=1, order=0):
+    """flash_ext.attn(..., backend="cpu") runs on the module's kernels; order: see simt.h."""
+    ops, library = Ops(module, multiprocessors), torch.library.Library("flash_ext", "IMPL")
+    module.set_order(order)
+    for name in ("attn_fwd", "attn_varlen_fwd"):
+        library.impl(name, getattr(ops, name), "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
