@@ -1,7 +1,7 @@
 """The AMD kernels, compiled for the CPU: the real hipify, then clang with emulator/hip in the place of HIP.
 
-build("gfx9") gives a module whose attn_fwd works on numpy arrays; install() puts such a module behind torch's CPU
-ops, so that flash_ext.attn and all of flash_ext.testing run on the emulated kernels.
+build("gfx9") gives a library whose attn_fwd works on numpy arrays; installed() puts one behind torch's CPU ops, so that
+flash_ext.attn and all of flash_ext.testing run on the emulated kernels.
 """
 
 import hashlib
@@ -12,11 +12,11 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import sysconfig
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pybind11
@@ -25,6 +25,7 @@ from torch.utils.hipify import hipify_python
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
+EMULATOR = HERE / "emulator"
 BUILD = ROOT / "build/amd"
 FAMILIES = {"gfx9": "__GFX9__", "gfx11": "__GFX11__", "gfx12": "__GFX12__"}
 OLDEST_CLANG = 18  # _Float16, __bf16 and vectors of them on x86
@@ -37,6 +38,7 @@ CHECKED = (
 ).split()
 
 
+@cache
 def clang():
     """clang++ that can compile the emulator, or None."""
     names = [os.environ.get("CLANG", "")] + [f"clang++-{n}" for n in range(30, OLDEST_CLANG - 1, -1)] + ["clang++"]
@@ -55,70 +57,79 @@ def missing():
     return None if clang() else f"the lane emulator needs clang++ {OLDEST_CLANG} or newer (or CLANG=...)"
 
 
-def hipified(name, edits=()):
-    """A copy of csrc as hipify makes it, in build/amd; edits: (file, text, other text), each of which must apply."""
-    copy = BUILD / name / "csrc"
+@cache
+def hipified():
+    """A copy of the GPU sources in build/amd, as torch's hipify rewrites it for a ROCm build."""
+    copy = BUILD / "csrc"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(ROOT / "csrc", copy, ignore=shutil.ignore_patterns("cpu", "sm90", "*.cpp"))
-    for file, old, new in edits:
-        text = (copy / file).read_text()
-        assert text.count(old) == 1, f"{file} has {text.count(old)} times: {old}"
-        (copy / file).write_text(text.replace(old, new))
-    sources = sorted(map(str, copy.rglob("*.cu")))
-    done = hipify_python.hipify(
+    hipify_python.hipify(
         project_directory=str(copy),
         output_directory=str(copy),
         header_include_dirs=[str(copy)],
         includes=[f"{copy}/*"],
-        extra_files=sources,
+        extra_files=sorted(map(str, copy.rglob("*.cu"))),
         show_progress=False,
         is_pytorch_extension=True,
         hipify_extra_files_only=True,
     )
-    return copy, [Path(done[source].hipified_path or source) for source in sources]
+    return copy
+
+
+def edited(name, edits):
+    """A copy of that copy; edits are (file, text, other text)."""
+    copy = BUILD / name / "csrc"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(hipified(), copy)
+    for file, old, new in edits:
+        path = copy / file
+        renamed = path.with_name(f"{path.stem}_hip{path.suffix}") if path.suffix == ".h" else path.with_suffix(".hip")
+        path = renamed if renamed.is_file() else path
+        text = path.read_text()
+        assert text.count(old) == 1, f"{path} has {text.count(old)} times: {old}"
+        path.write_text(text.replace(old, new))
+    return copy
+
+
+def compile(source, flags):
+    """The object file of a source; kept under the digest of what the preprocessor makes of it."""
+    command = [clang(), *flags, str(source)]
+    text = subprocess.run([*command, "-E", "-P"], check=True, capture_output=True).stdout
+    kept = BUILD / "objects" / f"{source.stem}-{digest(*COMMON, *CHECKED, text)}.o"
+    if not kept.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = kept.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+        subprocess.run([*command, "-c", "-o", str(unfinished)], check=True)
+        unfinished.rename(kept)
+    return kept
 
 
 def build(family, edits=(), only=""):
-    """The module of one family. only: a regular expression; of the kernels in fwd_hd*.hip, those whose name it finds."""
-    name = family if not (edits or only) else f"{family}_{digest(repr(edits) + only)}"
-    copy, sources = hipified(name, edits)
-    kernels = [path for path in sources if "_hd" not in path.name or re.search(only, path.name)]
-    flags = [*COMMON, f"-D{FAMILIES[family]}", f"-DFX_MODULE=emulated_{name}"]
-    flags += [f"-I{path}" for path in (HERE / "emulator", copy, pybind11.get_include(), sysconfig.get_path("include"))]
-    headers = digest(*(path.read_bytes() for path in sorted([*copy.rglob("*.h"), *HERE.rglob("*.h")])))
-
-    def compile(source):
-        checked = CHECKED if source.suffix == ".hip" else []
-        command = [clang(), *flags, *checked, "-c", str(source)]
-        kept = BUILD / "objects" / f"{family}-{source.stem}-{digest(*command, headers, source.read_bytes())}.o"
-        if not kept.is_file():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = kept.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
-            subprocess.run([*command, "-o", str(unfinished)], check=True)
-            unfinished.rename(kept)
-        return str(kept)
-
+    """A Library (emulator/binding.cpp) of one family's kernels; only: of those in *_hd*.hip, whose name it finds."""
+    name = family if not (edits or only) else f"{family}_{digest(repr(edits), only)}"
+    copy = edited(name, edits) if edits else hipified()
+    kernels = [path for path in sorted(copy.rglob("*.hip")) if "_hd" not in path.name or re.search(only, path.name)]
+    host = [EMULATOR / f"{name}.cpp" for name in ("kernels", "matrix", "simt")]
+    flags = [*COMMON, f"-D{FAMILIES[family]}", f"-I{EMULATOR}", f"-I{copy}"]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        objects = list(pool.map(compile, [*sorted((HERE / "emulator").glob("*.cpp")), *kernels]))
-    # The kernels apart from the binding: what is thread_local beside them is taken for shared memory (emulator/simt.cpp).
-    folder = BUILD / name
-    binding = next(path for path in objects if "-binding-" in path)
-    kernels, library = folder / f"libkernels_{name}.so", folder / f"emulated_{name}.so"
-    link = [clang(), "-shared", "-Wl,-z,lazy"]  # lazy: what `only` has left out is never called
-    objects.remove(binding)
-    subprocess.run([*link, "-Wl,-Bsymbolic", f"-Wl,-soname,{kernels.name}", "-o", kernels, *objects], check=True)
-    subprocess.run([*link, "-Wl,-rpath,$ORIGIN", "-o", library, binding, kernels], check=True)
-    return load(f"emulated_{name}", library)
+        objects = list(pool.map(lambda path: compile(path, flags), host))
+        objects += pool.map(lambda path: compile(path, [*flags, *CHECKED]), kernels)
+    library = BUILD / f"kernels_{name}.so"
+    # Its own symbols come first: several of these libraries are loaded.
+    link = [clang(), "-shared", "-Wl,-z,lazy", "-Wl,-Bsymbolic", f"-Wl,-soname,{library.name}"]
+    subprocess.run([*link, "-o", library, *objects], check=True)
+    return binding().Library(str(library))
 
 
-def load(name, library):
-    spec = importlib.util.spec_from_file_location(name, library)
-    flags = sys.getdlopenflags()
-    sys.setdlopenflags(os.RTLD_LAZY)
-    try:
-        module = importlib.util.module_from_spec(spec)
-    finally:
-        sys.setdlopenflags(flags)
+@cache
+def binding():
+    """The Python module; apart from the kernels, because what is thread_local beside them is their shared memory."""
+    includes = EMULATOR, ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")
+    compiled = compile(EMULATOR / "binding.cpp", [*COMMON, "-fvisibility=hidden", *(f"-I{path}" for path in includes)])
+    library = BUILD / "binding.so"
+    subprocess.run([clang(), "-shared", "-o", library, compiled], check=True)
+    spec = importlib.util.spec_from_file_location("binding", library)
+    module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -133,8 +144,8 @@ def digest(*parts):
 class Ops:
     """torch's ops on an emulated GPU with this many multiprocessors; they decide into how many parts keys are split."""
 
-    def __init__(self, module, multiprocessors):
-        self.module, self.multiprocessors = module, multiprocessors
+    def __init__(self, library, multiprocessors):
+        self.library, self.multiprocessors = library, multiprocessors
 
     def attn_fwd(
         self, q, k, v, scale, window_left=-1, window_right=-1, top_left=False, out_bshd=False, softcap=0.0,
@@ -165,7 +176,7 @@ class Ops:
 
     def forward(self, q, k, v, out, lse, options):
         arrays = [to_numpy(x) for x in (with_contiguous_rows(q), with_contiguous_rows(k), with_contiguous_rows(v))]
-        self.module.attn_fwd(*arrays, to_numpy(out), to_numpy(lse), self.multiprocessors, options)
+        self.library.attn_fwd(*arrays, to_numpy(out), to_numpy(lse), self.multiprocessors, options)
         check_guards(out, lse)
         return out, lse
 
@@ -205,13 +216,13 @@ def check_guards(*tensors):
 
 
 @contextmanager
-def installed(module, multiprocessors=1, order=0):
-    """flash_ext.attn(..., backend="cpu") runs on the module's kernels; order: see simt.h."""
-    ops, library = Ops(module, multiprocessors), torch.library.Library("flash_ext", "IMPL")
-    module.set_order(order)
+def installed(library, multiprocessors=1, order=0):
+    """flash_ext.attn(..., backend="cpu") runs on the library's kernels; order: see emulator/simt.h."""
+    ops, registration = Ops(library, multiprocessors), torch.library.Library("flash_ext", "IMPL")
+    library.set_order(order)
     for name in ("attn_fwd", "attn_varlen_fwd"):
-        library.impl(name, getattr(ops, name), "CPU", allow_override=True)
+        registration.impl(name, getattr(ops, name), "CPU", allow_override=True)
     try:
         yield
     finally:
-        library._destroy()
+        registration._destroy()

@@ -10,29 +10,29 @@ pytestmark = [
     pytest.mark.skipif(missing() is not None, reason=str(missing())),
     pytest.mark.filterwarnings("ignore:Warning only once for all operators:UserWarning"),  # that is the point
 ]
-modules = {}
+libraries = {}
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 SMALL = [case for case in CASES if max(case.head_dim, case.head_dim_v or 0) <= 256]
 
 
 @pytest.fixture(params=FAMILIES)
-def module(request):
-    if request.param not in modules:
-        modules[request.param] = build(request.param)
-    return modules[request.param]
+def library(request):
+    if request.param not in libraries:
+        libraries[request.param] = build(request.param)
+    return libraries[request.param]
 
 
 @dtypes
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_forward(module, case, dtype):
-    with installed(module):
+def test_forward(library, case, dtype):
+    with installed(library):
         check(case, dtype, backend="cpu", grads=False)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_keys_split(module, case):
+def test_keys_split(library, case):
     """As on a GPU so large that the keys are divided among thread blocks, lanes and waves in another order."""
-    with installed(module, multiprocessors=300, order=1):
+    with installed(library, multiprocessors=300, order=1):
         check(case, torch.bfloat16, backend="cpu", grads=False)
 
 
@@ -40,19 +40,19 @@ def test_keys_split(module, case):
 @pytest.mark.parametrize("order", [1, 2, 3], ids=["reversed", "shuffled", "shuffled-otherwise"])
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("options", [{}, dict(mask="bool:bhqk", dropout_p=0.2)], ids=["plain", "general"])
-def test_order_of_lanes_does_not_matter(module, head_dim, options, order, dtype):
+def test_order_of_lanes_does_not_matter(library, head_dim, options, order, dtype):
     inputs = make_inputs(Case("order", 1, 2, 1, 70, 150, head_dim, is_causal=True, **options), dtype)
     results = []
     for each in (0, order):
-        with installed(module, multiprocessors=5, order=each):
+        with installed(library, multiprocessors=5, order=each):
             results.append(run(inputs, "cpu", grads=False))
     assert torch.equal(results[0]["out"], results[1]["out"]) and torch.equal(results[0]["lse"], results[1]["lse"])
 
 
-def test_few_rows_and_splits_are_reached(module):
+def test_few_rows_and_splits_are_reached(library):
     """The cases above mean what they say."""
     q = torch.randn(1, 1, 1, 64, dtype=torch.float16).numpy()
     k = torch.randn(1, 1, 700, 64, dtype=torch.float16).numpy()
     out, lse = q.copy(), torch.empty(1, 1, 1).numpy()
-    splits = [module.attn_fwd(q, k, k, out, lse, multiprocessors, {}) for multiprocessors in (1, 300)]
+    splits = [library.attn_fwd(q, k, k, out, lse, multiprocessors, {}) for multiprocessors in (1, 300)]
     assert splits[0] == 1 and splits[1] > 4

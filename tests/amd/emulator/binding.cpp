@@ -1,13 +1,13 @@
 // The emulated kernels for numpy arrays; bfloat16 as uint16. What csrc/attn/args.cpp does for tensors.
+#include <dlfcn.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <optional>
-#include <vector>
+#include <string>
 
-#include "attn/fwd.h"
-#include "simt.h"
+#include "kernels.h"
 
 namespace py = pybind11;
 using namespace flash_ext;
@@ -81,26 +81,29 @@ void read_params(AttnParams& p, const Array& q, const Array& k, const Array& v, 
   p.rng_state = static_cast<const int64_t*>(data_of(rng_state));
 }
 
-GpuFacts facts(int multiprocessors) {
-  return {multiprocessors, simt::kWave, static_cast<int>(simt::kMostShared), 4 << 20};
-}
+// One family's kernels, or a changed copy of them.
+struct Library {
+  simt::Kernels kernels;
 
-// Fills out and lse; returns the number of parts that the keys were divided into.
-int attn_fwd(const Array& q, const Array& k, const Array& v, Array out, Array lse,
-             int multiprocessors, const py::dict& options) {
-  AttnParams p;
-  read_params(p, q, k, v, out, lse, options);
-  const GpuFacts gpu = facts(multiprocessors);
-  FwdPlan plan = plan_fwd(p, gpu);
-  std::vector<float> scratch(plan.scratch_floats(), NAN);
-  plan.use_scratch(scratch.data());
-  launch_fwd(plan, gpu, nullptr);
-  return plan.args.splits;
-}
+  explicit Library(const std::string& path) {
+    void* handle = dlopen(path.c_str(), RTLD_LAZY | RTLD_LOCAL);  // lazy: some kernels may be left out
+    if (!handle) throw std::runtime_error(dlerror());
+    kernels = reinterpret_cast<decltype(&emulated_kernels)>(dlsym(handle, "emulated_kernels"))();
+  }
+
+  int attn_fwd(const Array& q, const Array& k, const Array& v, Array out, Array lse,
+               int multiprocessors, const py::dict& options) const {
+    AttnParams p;
+    read_params(p, q, k, v, out, lse, options);
+    return kernels.attn_fwd(p, multiprocessors);
+  }
+};
 
 }  // namespace
 
-PYBIND11_MODULE(FX_MODULE, m) {
-  m.def("attn_fwd", &attn_fwd);
-  m.def("set_order", [](uint64_t order) { simt::order = order; });
+PYBIND11_MODULE(binding, m) {
+  py::class_<Library>(m, "Library")
+      .def(py::init<std::string>())
+      .def("set_order", [](const Library& self, uint64_t order) { self.kernels.set_order(order); })
+      .def("attn_fwd", &Library::attn_fwd, "Fills out and lse; returns the number of splits.");
 }
