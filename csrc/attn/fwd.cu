@@ -117,7 +117,8 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   // A window leaves fewer keys to divide.
   int64_t seen = p.seq_kv;
   if (p.window_left >= 0 && p.window_right >= 0)
-    seen = std::min<int64_t>(seen, p.window_left + p.window_right + ceil_div(tile.block_q, args.pack));
+    seen =
+        std::min<int64_t>(seen, p.window_left + p.window_right + ceil_div(tile.block_q, args.pack));
   const int64_t slots = int64_t{gpu.multiprocessors} * tile.blocks_per_sm;
   args.partial_rows =
       p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;

@@ -70,7 +70,7 @@ template <int kThreads, bool kInChunks, typename T, int kRows, int kCols, typena
 FX_DEVICE void store_tile(SharedTile<T, kRows, kCols> src, Address address, int row0, int rows,
                           int cols, bool in_chunks) {
   constexpr int kChunks = kCols / 8;
-#pragma unroll(kInChunks ? 4 : 1)
+#pragma unroll kInChunks ? 4 : 1
   for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
     const int row = i / kChunks, col = i % kChunks * 8;
     if (row0 + row >= rows || col >= cols) continue;

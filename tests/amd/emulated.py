@@ -30,9 +30,7 @@ BUILD = ROOT / "build/amd"
 FAMILIES = {"gfx9": "__GFX9__", "gfx11": "__GFX11__", "gfx12": "__GFX12__"}
 OLDEST_CLANG = 18  # _Float16, __bf16 and vectors of them on x86
 
-COMMON = (
-    "-std=c++20 -O2 -g0 -march=x86-64-v3 -fPIC -fno-strict-aliasing -w -D__HIP__ -DUSE_ROCM"
-).split()
+COMMON = ("-std=c++20 -O2 -g0 -march=x86-64-v3 -fPIC -fno-strict-aliasing -w -D__HIP__ -DUSE_ROCM").split()
 CHECKED = (
     "-O1 -fsanitize=thread -mllvm -tsan-instrument-func-entry-exit=0 -mllvm -tsan-instrument-atomics=0 -x c++"
 ).split()

@@ -28,7 +28,7 @@ MUTATIONS = {
     "halves-differ": ("gfx11", ATOM, "odd ? other : c.reg[i]", "c.reg[i]"),
     "shared-rows": ("gfx9", ATOM, "for (int mask = 16;", "for (int mask = 32;"),
     "mask-row": ("gfx9", KERNEL, "task.query(row0 + s.row(m, r)) - kv0;", "task.query(row0 + s.row(m, r)) + 1 - kv0;"),
-    "swizzle": ("gfx9", "tile/shared_tile.h", "return data + (row0 * kCols", "return data + (col0 % 32 / 2 + row0 * kCols"),
+    "swizzle": ("gfx9", "tile/shared_tile.h", "return data + (row0 * kCols", "return data + (col0 % 32 + row0 * kCols"),
 } | {
     f"no-barrier: {barrier.split('// ')[1]}": ("gfx9", file, barrier, "")
     for file in (KERNEL, "attn/combine.cu")

@@ -86,7 +86,8 @@ struct Library {
   simt::Kernels kernels;
 
   explicit Library(const std::string& path) {
-    void* handle = dlopen(path.c_str(), RTLD_LAZY | RTLD_LOCAL);  // lazy: some kernels may be left out
+    void* handle =
+        dlopen(path.c_str(), RTLD_LAZY | RTLD_LOCAL);  // lazy: some kernels may be left out
     if (!handle) throw std::runtime_error(dlerror());
     kernels = reinterpret_cast<decltype(&emulated_kernels)>(dlsym(handle, "emulated_kernels"))();
   }

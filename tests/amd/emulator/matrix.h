@@ -41,7 +41,8 @@ inline simt::Acc __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32_gfx12(simt::Bf16Bit
   return simt::multiply_bf16(a, b, c);
 }
 #else
-inline simt::Acc __builtin_amdgcn_wmma_f32_16x16x16_f16_w32(simt::Half a, simt::Half b, simt::Acc c) {
+inline simt::Acc __builtin_amdgcn_wmma_f32_16x16x16_f16_w32(simt::Half a, simt::Half b,
+                                                            simt::Acc c) {
   return simt::multiply_f16(a, b, c);
 }
 inline simt::Acc __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32(simt::Bf16Bits a, simt::Bf16Bits b,

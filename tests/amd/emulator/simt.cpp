@@ -78,7 +78,8 @@ int find_shared(dl_phdr_info* info, size_t, void* inside) {
   for (int i = 0; i < info->dlpi_phnum; ++i) {
     const auto& part = info->dlpi_phdr[i];
     auto* const begin = static_cast<unsigned char*>(info->dlpi_tls_data);
-    if (part.p_type != PT_TLS || !begin || inside < begin || inside >= begin + part.p_memsz) continue;
+    if (part.p_type != PT_TLS || !begin || inside < begin || inside >= begin + part.p_memsz)
+      continue;
     shared = begin, shared_bytes = part.p_memsz;
     return 1;
   }
@@ -121,7 +122,8 @@ void touch(const void* address, size_t bytes, bool write) {
       }
       t.written = barriers + 1, t.writer = me;
     } else {
-      if (t.written < block_began + 1) fail("shared memory: thread %u reads what was not written", me);
+      if (t.written < block_began + 1)
+        fail("shared memory: thread %u reads what was not written", me);
       if (t.written == barriers + 1 && t.writer != me)
         fail("shared memory: thread %u reads what thread %u writes, without a barrier between", me,
              t.writer);
@@ -178,8 +180,13 @@ void start_block(dim3 which) {
     *--top = nullptr;
     *--top = reinterpret_cast<void*>(run_lane);
     top -= 6;
-    fibers[i] = {{static_cast<unsigned>(i), 0, 0}, unsigned(i / kWave), unsigned(i % kWave), top,
-                 nullptr, 0, false};
+    fibers[i] = {{static_cast<unsigned>(i), 0, 0},
+                 unsigned(i / kWave),
+                 unsigned(i % kWave),
+                 top,
+                 nullptr,
+                 0,
+                 false};
   }
 }
 
@@ -208,7 +215,9 @@ void fail(const char* format, ...) {
   std::vsnprintf(text, sizeof text, format, args);
   va_end(args);
   if (error.empty()) error = text;
-  for (;;) simt_switch(&self->stack_pointer, scheduler_stack);  // the scheduler throws; this fiber never runs again
+  for (;;)
+    simt_switch(&self->stack_pointer,
+                scheduler_stack);  // the scheduler throws; this fiber never runs again
 }
 
 void launch(dim3 grid, dim3 threads, size_t bytes, const std::function<void()>& kernel) {
@@ -220,8 +229,7 @@ void launch(dim3 grid, dim3 threads, size_t bytes, const std::function<void()>& 
   flash_ext::smem[0] = 0;
   dl_iterate_phdr(find_shared, flash_ext::smem);
   touched.resize(shared_bytes / 2 + 1);
-  if (bytes > kMostShared)
-    throw std::runtime_error("simt: more shared memory than the GPU has");
+  if (bytes > kMostShared) throw std::runtime_error("simt: more shared memory than the GPU has");
   grid_size = grid, block_size = threads, dynamic_bytes = bytes, entry = &kernel;
   fibers.resize(threads.x);
   waves.resize(threads.x / kWave);
@@ -233,7 +241,8 @@ void launch(dim3 grid, dim3 threads, size_t bytes, const std::function<void()>& 
       bool any = false;
       for (const int wave : order_of(static_cast<int>(waves.size()), random))
         any |= run_wave(wave, random);
-      if (!any) throw std::runtime_error("simt: some threads wait at a barrier that others never reach");
+      if (!any)
+        throw std::runtime_error("simt: some threads wait at a barrier that others never reach");
     }
   }
 }
@@ -267,23 +276,25 @@ const Deposits& exchange(const char* name, const void* mine, size_t bytes, bool 
 // What -fsanitize=thread calls.
 extern "C" {
 void __tsan_init() {}
-#define FX_TOUCH(bytes)                                                          \
-  void __tsan_read##bytes(void* p) { simt::touch(p, bytes, false); }             \
-  void __tsan_write##bytes(void* p) { simt::touch(p, bytes, true); }             \
-  void __tsan_unaligned_read##bytes(void* p) { simt::touch(p, bytes, false); }   \
-  void __tsan_unaligned_write##bytes(void* p) { simt::touch(p, bytes, true); }   \
-  void __tsan_read_write##bytes(void* p) {                                       \
-    simt::touch(p, bytes, false), simt::touch(p, bytes, true);                   \
-  }                                                                              \
+#define FX_TOUCH(bytes)                                                        \
+  void __tsan_read##bytes(void* p) { simt::touch(p, bytes, false); }           \
+  void __tsan_write##bytes(void* p) { simt::touch(p, bytes, true); }           \
+  void __tsan_unaligned_read##bytes(void* p) { simt::touch(p, bytes, false); } \
+  void __tsan_unaligned_write##bytes(void* p) { simt::touch(p, bytes, true); } \
+  void __tsan_read_write##bytes(void* p) {                                     \
+    simt::touch(p, bytes, false), simt::touch(p, bytes, true);                 \
+  }                                                                            \
   void __tsan_unaligned_read_write##bytes(void* p) { __tsan_read_write##bytes(p); }
-FX_TOUCH(1) FX_TOUCH(2) FX_TOUCH(4) FX_TOUCH(8) FX_TOUCH(16)
-void __tsan_vptr_update(void**, void*) {}
+FX_TOUCH(1)
+FX_TOUCH(2) FX_TOUCH(4) FX_TOUCH(8) FX_TOUCH(16) void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 void* __tsan_memmove(void* to, const void* from, size_t bytes) {
   simt::touch(from, bytes, false), simt::touch(to, bytes, true);
   return std::memmove(to, from, bytes);
 }
-void* __tsan_memcpy(void* to, const void* from, size_t bytes) { return __tsan_memmove(to, from, bytes); }
+void* __tsan_memcpy(void* to, const void* from, size_t bytes) {
+  return __tsan_memmove(to, from, bytes);
+}
 void* __tsan_memset(void* to, int value, size_t bytes) {
   simt::touch(to, bytes, true);
   return std::memset(to, value, bytes);
