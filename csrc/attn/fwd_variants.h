@@ -33,7 +33,7 @@ struct FwdTile {
 // rows: it needs 128 KB, and where there is less the general one takes its place.
 constexpr FwdTile fwd_tile(FwdVariant v, bool amd) {
   if (amd) {  // never run there: chosen for no or few spilled registers, and two thread blocks in 64 KB
-    const bool q_in_regs = v.head_dim < 128 || (v.head_dim == 128 && !v.general);
+    const bool q_in_regs = v.head_dim <= (v.general ? 64 : 128);
     return {v.few_rows ? 16 : 64, 32, v.few_rows ? 1 : 4, 1, 1, q_in_regs};
   }
   const int block_kv = v.head_dim <= 128 ? 64 : 32;

@@ -1,7 +1,7 @@
 """Reads the AMD kernels in a built extension: python resources.py flash_ext/_C.abi3.so [gfx90a ...]
 
-Prints the registers, spills and memory of every kernel. Fails where one of the architectures named lacks a kernel that
-another has, where a CDNA kernel of head_dim <= 128 spills vector registers, where a kernel has more than 64 KB of shared
+Prints the registers, spills and memory of every kernel. Fails where one of the architectures named lacks a kernel of
+another, where a CDNA kernel of head_dim <= 128 spills vector registers, where a kernel has more than 64 KB of shared
 memory, and where the extension lacks a function of its own.
 """
 
@@ -61,7 +61,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")  # DType in csrc/attn/par
 
 
 def name_of(mangled):
-    """ "attn_fwd 128 bfloat16 few-rows general" for a kernel of a table of variants, else its function's name and dtype."""
+    """attn_fwd 128 bfloat16 few-rows general, for a kernel of a table; else the function's name and dtype."""
     name = re.search(r"\d([a-z_]+)_kernel", mangled)[1]
     variant = re.search(r"VariantE?LNS_5DTypeE(\d)ELi(\d+)E((?:Lb[01]E)*)", mangled)
     if variant:
