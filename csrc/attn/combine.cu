@@ -73,8 +73,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) combine_kernel(const FwdArg
 }  // namespace
 
 void launch_combine(const FwdPlan& plan, const GpuFacts& gpu, void* stream) {
-  const auto kernel =
-      plan.variant.dtype == DType::f16 ? combine_kernel<half_t> : combine_kernel<bf16_t>;
+  const auto kernel = plan.variant.dtype == DType::f16    ? combine_kernel<half_t>
+                      : plan.variant.dtype == DType::bf16 ? combine_kernel<bf16_t>
+                                                          : combine_kernel<float>;
   FX_CHECK(plan.args.partial_rows < int64_t{1} << 31, "q: too many rows for one call");
   kernel<<<static_cast<unsigned>(plan.args.partial_rows), kWarps * gpu.warp_size, 0,
            static_cast<stream_t>(stream)>>>(plan.args);

@@ -2,6 +2,7 @@
 // rows, each warp some of its rows, and K and V pass by in blocks.
 #pragma once
 #include "../tile/reg_tile.h"
+#include "element.h"
 #include "fwd_task.h"
 #include "fwd_variants.h"
 #include "load_tile.h"
@@ -12,7 +13,7 @@ namespace flash_ext {
 
 template <FwdVariant kVariant>
 struct FwdConfig {
-  using T = std::conditional_t<kVariant.dtype == DType::f16, half_t, bf16_t>;
+  using T = Element<kVariant.dtype>;
   static constexpr FwdTile kTile = fwd_tile(kVariant, kAmd);
   static constexpr bool kGeneral = kVariant.general;
   static constexpr int kHeadDim = kVariant.head_dim;
@@ -24,6 +25,7 @@ struct FwdConfig {
 
   using QTile = SharedTile<T, kBlockQ, kHeadDim>;
   using KvTile = SharedTile<T, kBlockKV, kHeadDim>;
+  using Staging = flash_ext::Staging<kThreads, !kGeneral, kBlockKV, kHeadDim>;
   using Scores = AccTile<T, kRowsPerWarp, kBlockKV>;
   using Output = AccTile<T, kRowsPerWarp, kHeadDim>;
   using Softmax = OnlineSoftmax<T, kRowsPerWarp>;
@@ -31,12 +33,8 @@ struct FwdConfig {
                                       SharedOperand<T, QTile>>;
 };
 
-FX_DEVICE bool in_chunks(const TensorView& t) {
-  return (reinterpret_cast<uintptr_t>(t.data) % 16 |
-          (t.batch_stride | t.head_stride | t.seq_stride) % 8) == 0;
-}
-
-// Copies blocks of one KV head's keys or values.
+// Copies blocks of one KV head's keys or values: load starts it, and once the thread's copies have
+// arrived, finish ends it.
 template <typename Config>
 struct KvLoader {
   using T = typename Config::T;
@@ -44,15 +42,21 @@ struct KvLoader {
   int64_t stride;
   int rows, cols;
   bool chunks;
+  float* staging;  // where the tile has one
 
-  FX_DEVICE KvLoader(const TensorView& t, const FwdTask& task, int cols)
+  FX_DEVICE KvLoader(const TensorView& t, const FwdTask& task, int cols, float* staging)
       : base(static_cast<const T*>(t.data) + task.kv_offset(t)), stride(t.seq_stride),
-        rows(task.seq_kv), cols(cols), chunks(in_chunks(t)) {}
+        rows(task.seq_kv), cols(cols), chunks(in_chunks(t, sizeof(T))), staging(staging) {}
 
   FX_DEVICE void load(typename Config::KvTile dst, int block) const {
-    load_tile<Config::kThreads, !Config::kGeneral>(
-        dst, [&](int row) { return base + row * stride; }, block * Config::kBlockKV, rows, cols,
-        chunks);
+    const auto address = [&](int row) { return base + row * stride; };
+    const int row0 = block * Config::kBlockKV;
+    if constexpr (Config::kTile.staged)
+      typename Config::Staging{staging}.start(address, row0, rows, cols, chunks);
+    else load_tile<Config::kThreads, !Config::kGeneral>(dst, address, row0, rows, cols, chunks);
+  }
+  FX_DEVICE void finish(typename Config::KvTile dst) const {
+    if constexpr (Config::kTile.staged) typename Config::Staging{staging}.finish(dst);
   }
 };
 
@@ -125,7 +129,7 @@ FX_DEVICE void write_output(typename Config::Output& o, typename Config::QTile q
   __syncthreads();  // the whole tile is there
   store_tile<Config::kThreads, !Config::kGeneral>(
       q_smem, [&](int row) { return static_cast<T*>(p.o.data) + task.offset(p.o, row); }, task.row0,
-      task.rows, head_dim, in_chunks(p.o) && head_dim % 8 == 0);
+      task.rows, head_dim, in_chunks(p.o, sizeof(T)) && head_dim % (16 / sizeof(T)) == 0);
 }
 
 template <typename Config>
@@ -139,20 +143,23 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const int warp_row = warp_id() * Config::kRowsPerWarp;
 
   extern __shared__ __align__(128) unsigned char smem[];
-  const typename Config::QTile q_smem{reinterpret_cast<T*>(smem)};
+  using QTile = typename Config::QTile;
+  using KvTile = typename Config::KvTile;
+  const QTile q_smem = QTile::in(smem);
   const auto k_smem = [&](int block) {
-    T* ring = q_smem.data + Config::kBlockQ * Config::kHeadDim;
-    return typename Config::KvTile{ring + block % kStages * kBlockKV * Config::kHeadDim};
+    return KvTile::in(smem + QTile::kBytes + block % kStages * KvTile::kBytes);
   };
   const auto v_smem = [&](int block) {
-    return typename Config::KvTile{k_smem(block).data + kStages * kBlockKV * Config::kHeadDim};
+    return KvTile::in(smem + QTile::kBytes + (kStages + block % kStages) * KvTile::kBytes);
   };
-  const KvLoader<Config> keys(p.k, task, static_cast<int>(p.head_dim));
-  const KvLoader<Config> values(p.v, task, static_cast<int>(p.head_dim_v));
+  static_assert(!Config::kTile.staged || kStages == 1);  // the two share it, in turns
+  float* staging = reinterpret_cast<float*>(smem + QTile::kBytes + 2 * kStages * KvTile::kBytes);
+  const KvLoader<Config> keys(p.k, task, static_cast<int>(p.head_dim), staging);
+  const KvLoader<Config> values(p.v, task, static_cast<int>(p.head_dim_v), staging);
 
   load_tile<Config::kThreads, !Config::kGeneral>(
       q_smem, [&](int row) { return static_cast<const T*>(p.q.data) + task.offset(p.q, row); },
-      task.row0, task.rows, static_cast<int>(p.head_dim), in_chunks(p.q));
+      task.row0, task.rows, static_cast<int>(p.head_dim), in_chunks(p.q, sizeof(T)));
   if (task.block_begin < task.block_end) {
     keys.load(k_smem(task.block_begin), task.block_begin);
     if constexpr (kStages == 2) values.load(v_smem(task.block_begin), task.block_begin);
@@ -174,6 +181,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   for (int block = task.block_begin; block < task.block_end; ++block) {
     const int next = block + 1, kv0 = block * kBlockKV;
     copy_wait<0>();
+    keys.finish(k_smem(block));
     __syncthreads();  // this block has arrived; nobody reads the one before any more
     if constexpr (kStages == 1) {
       values.load(v_smem(block), block);
@@ -189,6 +197,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 
     if constexpr (kStages == 1) {
       copy_wait<0>();
+      values.finish(v_smem(block));
       __syncthreads();  // v has arrived; nobody reads k any more
       if (next < task.block_end) keys.load(k_smem(next), next);
       copy_commit();

@@ -8,7 +8,7 @@ namespace flash_ext {
 template <FwdVariant kVariant>
 void launch_fwd(const FwdArgs& args, const GpuFacts& gpu, void* stream) {
   using Config = FwdConfig<kVariant>;
-  constexpr int kSmemBytes = Config::kTile.smem_bytes(kVariant.head_dim);
+  constexpr int kSmemBytes = Config::kTile.smem_bytes(kVariant);
   const auto kernel = attn_fwd_kernel<Config>;
   if constexpr (kSmemBytes > 48 * 1024)
     FX_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),

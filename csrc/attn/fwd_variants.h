@@ -19,19 +19,41 @@ struct FwdVariant {
 
 struct FwdTile {
   int block_q, block_kv, warps;
-  int stages;         // 1: V is loaded during q k^T, the next K during p v; 2: a block ahead
-  int blocks_per_sm;  // that the registers must leave room for
-  bool q_in_regs;     // else q is read from shared memory again for each block of keys
+  int stages;           // 1: V is loaded during q k^T, the next K during p v; 2: a block ahead
+  int blocks_per_sm;    // that the registers must leave room for
+  bool q_in_regs;       // else q is read from shared memory again for each block of keys
+  bool staged = false;  // float32: keys and values are copied in the background, and split later
 
   constexpr int rows_per_warp() const { return block_q / warps; }
-  constexpr int smem_bytes(int head_dim) const {
-    return (block_q + 2 * stages * block_kv) * head_dim * 2;
+  constexpr int smem_bytes(const FwdVariant& v) const {
+    const int bytes = v.dtype == DType::f32 ? 6 : 2;  // as SharedTile::kBytes
+    return ((block_q + 2 * stages * block_kv) * bytes + (staged ? 4 * block_kv : 0)) * v.head_dim;
   }
 };
 
-// The tiles fit 72 KB of shared memory (AMD: 64 KB), but for the plain one of head_dim 256 with many
-// rows: it needs 128 KB, and where there is less the general one takes its place.
+// float32: the general tiles, and those of few rows, fit 99 KB of shared memory (AMD: 64 KB, but for
+// head_dim 256).
+constexpr FwdTile fwd_tile_f32(FwdVariant v, bool amd) {
+  if (v.few_rows) return {16, 16, 1, 1, amd ? 1 : 5, v.head_dim <= 64, !amd && v.head_dim <= 192};
+  if (amd) {
+    if (v.head_dim <= 96) return {64, v.head_dim <= 64 ? 32 : 16, 4, 1, 1, false};
+    return {v.head_dim <= 128 ? 32 : 16, 16, v.head_dim <= 128 ? 2 : 1, 1, 1, false};
+  }
+  if (v.general && v.head_dim == 128) return {64, 16, 4, 1, 2, false, true};
+  switch (v.head_dim) {
+    case 32:
+    case 64: return {128, 32, 4, 1, 2, false, true};
+    case 96:
+    case 128: return {64, 32, 4, 1, 2, false, true};
+    case 192: return {32, 16, 2, 1, 2, false, true};
+    default: return {32, 16, 2, 1, 2, false};
+  }
+}
+
+// The tiles of 16 bits fit 72 KB of shared memory (AMD: 64 KB), but for the plain one of head_dim 256
+// with many rows: it needs 128 KB, and where there is less the general one takes its place.
 constexpr FwdTile fwd_tile(FwdVariant v, bool amd) {
+  if (v.dtype == DType::f32) return fwd_tile_f32(v, amd);
   if (amd) {  // never run there: chosen for no or few spilled registers, and two thread blocks in 64 KB
     const bool q_in_regs = v.head_dim <= (v.general ? 64 : 128);
     return {v.few_rows ? 16 : 64, 32, v.few_rows ? 1 : 4, 1, 1, q_in_regs};

@@ -10,6 +10,7 @@
 #endif
 
 #define FX_DEVICE __device__ __forceinline__
+#define FX_HOST_DEVICE __host__ __device__ __forceinline__
 
 namespace flash_ext {
 
@@ -60,7 +61,8 @@ FX_DEVICE float to_float(bf16_t x) { return __bfloat162float(x); }
 
 template <typename T>
 FX_DEVICE T from_float(float x) {
-  if constexpr (std::is_same_v<T, half_t>) return __float2half(x);
+  if constexpr (std::is_same_v<T, float>) return x;
+  else if constexpr (std::is_same_v<T, half_t>) return __float2half(x);
   else return __float2bfloat16(x);
 }
 

@@ -150,11 +150,9 @@ class Ops:
         dropout_p=0.0, attn_mask=None, alibi_slopes=None, sinks=None, rng_state=None, deterministic=False,
     ):  # fmt: skip
         batch, heads_q, seq_q, _ = q.shape
-        shape = (batch, seq_q, heads_q, v.shape[3]) if out_bshd else (batch, heads_q, seq_q, v.shape[3])
-        out, lse = guarded(shape, q.dtype), guarded((batch, heads_q, seq_q), torch.float32)
-        if out_bshd:
-            out = out.transpose(1, 2)
-        options = self.options(
+        out = guarded((batch, heads_q, seq_q, v.shape[3]), q.dtype, bshd=out_bshd)
+        lse = guarded((batch, heads_q, seq_q), torch.float32)
+        options = options_of(
             scale, window_left, window_right, top_left, softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state
         )
         return self.forward(q, k, v, out, lse, options)
@@ -166,27 +164,75 @@ class Ops:
     ):  # fmt: skip
         total_q, heads_q, _ = q.shape
         out, lse = guarded((total_q, heads_q, v.shape[2]), q.dtype), guarded((heads_q, total_q), torch.float32)
-        options = self.options(
+        options = options_of(
             scale, window_left, window_right, top_left, softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state
         )
-        options |= dict(cu_seqlens_q=to_numpy(cu_seqlens_q), cu_seqlens_k=to_numpy(cu_seqlens_k))
-        return self.forward(q, k, v, out, lse, options | dict(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k))
+        return self.forward(
+            q, k, v, out, lse, options | packing_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        )
+
+    def attn_bwd(
+        self, grad_out, grad_lse, q, k, v, out, lse, scale, window_left, window_right, top_left, softcap, dropout_p,
+        attn_mask, alibi_slopes, sinks, rng_state, need_mask_grad, deterministic,
+    ):  # fmt: skip
+        options = options_of(
+            scale, window_left, window_right, top_left, softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state
+        )
+        return self.backward(
+            grad_out, grad_lse, q, k, v, out, lse, options, attn_mask if need_mask_grad else None, sinks, deterministic
+        )
+
+    def attn_varlen_bwd(
+        self, grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
+        window_left, window_right, top_left, softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state,
+        need_mask_grad, deterministic,
+    ):  # fmt: skip
+        options = options_of(
+            scale, window_left, window_right, top_left, softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state
+        ) | packing_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return self.backward(
+            grad_out, grad_lse, q, k, v, out, lse, options, attn_mask if need_mask_grad else None, sinks, deterministic
+        )
 
     def forward(self, q, k, v, out, lse, options):
-        arrays = [to_numpy(x) for x in (with_contiguous_rows(q), with_contiguous_rows(k), with_contiguous_rows(v))]
-        self.library.attn_fwd(*arrays, to_numpy(out), to_numpy(lse), self.multiprocessors, options)
+        arrays = [to_numpy(with_contiguous_rows(x)) for x in (q, k, v)] + [to_numpy(out), to_numpy(lse)]
+        self.library.attn_fwd(*arrays, self.multiprocessors, options)
         check_guards(out, lse)
         return out, lse
 
-    def options(
-        self, scale, window_left, window_right, top_left, softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state
-    ):
-        tensors = dict(attn_mask=attn_mask, alibi_slopes=alibi_slopes, sinks=sinks, rng_state=rng_state)
-        return dict(
-            scale=scale, window_left=window_left, window_right=window_right, top_left=top_left, softcap=softcap,
-            dropout_threshold=min(round(dropout_p * 65536), 65535),
-            **{name: to_numpy(x) for name, x in tensors.items() if x is not None},
-        )  # fmt: skip
+    def backward(self, grad_out, grad_lse, q, k, v, out, lse, options, mask, sinks, deterministic):
+        dq, dk, dv = (guarded_like(x) for x in (q, k, v))
+        nothing = torch.empty(0)
+        dmask = nothing if mask is None else guarded(mask.shape, torch.float32).zero_()
+        dsinks = nothing if sinks is None else guarded(sinks.shape, torch.float32)
+        grads = dict(out=with_contiguous_rows(grad_out), q=dq, k=dk, v=dv)
+        if grad_lse is not None:
+            grads["lse"] = grad_lse.contiguous()
+        if dmask.numel():
+            grads["attn_mask"] = dmask
+        if sinks is not None:
+            grads["sinks"] = dsinks
+        arrays = [to_numpy(with_contiguous_rows(x)) for x in (q, k, v, out)] + [to_numpy(lse)]
+        grads = {name: to_numpy(x) for name, x in grads.items()} | dict(deterministic=deterministic)
+        self.library.attn_bwd(*arrays, self.multiprocessors, options, grads)
+        check_guards(dq, dk, dv, *([] if mask is None else [dmask]), *([] if sinks is None else [dsinks]))
+        return dq, dk, dv, dmask if mask is None else dmask.to(mask.dtype), dsinks
+
+
+def options_of(
+    scale, window_left, window_right, top_left, softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state
+):
+    tensors = dict(attn_mask=attn_mask, alibi_slopes=alibi_slopes, sinks=sinks, rng_state=rng_state)
+    return dict(
+        scale=scale, window_left=window_left, window_right=window_right, top_left=top_left, softcap=softcap,
+        dropout_threshold=min(round(dropout_p * 65536), 65535),
+        **{name: to_numpy(x) for name, x in tensors.items() if x is not None},
+    )  # fmt: skip
+
+
+def packing_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    lengths = dict(cu_seqlens_q=to_numpy(cu_seqlens_q), cu_seqlens_k=to_numpy(cu_seqlens_k))
+    return lengths | dict(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
 
 
 def to_numpy(tensor):
@@ -201,10 +247,17 @@ def with_contiguous_rows(tensor):
 GUARD = 64
 
 
-def guarded(shape, dtype):
-    """A tensor of NaNs between NaNs."""
+def guarded(shape, dtype, bshd=False):
+    """A tensor of NaNs between NaNs; bshd: with heads and rows exchanged in memory."""
+    if bshd:
+        return guarded([shape[i] for i in (0, 2, 1, 3)], dtype).transpose(1, 2)
     storage = torch.full((GUARD + math.prod(shape) + GUARD,), torch.nan, dtype=dtype)
     return storage[GUARD:-GUARD].view(shape)
+
+
+def guarded_like(tensor):
+    like = with_contiguous_rows(torch.empty_like(tensor))
+    return guarded((like.numel(),), like.dtype).as_strided(like.shape, like.stride())
 
 
 def check_guards(*tensors):
@@ -218,7 +271,7 @@ def installed(library, multiprocessors=1, order=0):
     """flash_ext.attn(..., backend="cpu") runs on the library's kernels; order: see emulator/simt.h."""
     ops, registration = Ops(library, multiprocessors), torch.library.Library("flash_ext", "IMPL")
     library.set_order(order)
-    for name in ("attn_fwd", "attn_varlen_fwd"):
+    for name in ("attn_fwd", "attn_varlen_fwd", "attn_bwd", "attn_varlen_bwd"):
         registration.impl(name, getattr(ops, name), "CPU", allow_override=True)
     try:
         yield

@@ -4,6 +4,7 @@ import pytest
 import torch
 from emulated import FAMILIES, build, installed, missing
 
+from flash_ext.backends import GPU_HEAD_DIM, HIP_HEAD_DIM_FLOAT32
 from flash_ext.testing import CASES, Case, check, make_inputs, run
 
 pytestmark = [
@@ -11,8 +12,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Warning only once for all operators:UserWarning"),  # that is the point
 ]
 libraries = {}
-dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-SMALL = [case for case in CASES if max(case.head_dim, case.head_dim_v or 0) <= 256]
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def fits(case, dtype):
+    return max(case.head_dim, case.head_dim_v or 0) <= (
+        HIP_HEAD_DIM_FLOAT32 if dtype == torch.float32 else GPU_HEAD_DIM
+    )
+
+
+all_cases = pytest.mark.parametrize("case", [case for case in CASES if fits(case, torch.float16)], ids=str)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -23,30 +33,38 @@ def library(request):
 
 
 @dtypes
-@pytest.mark.parametrize("case", SMALL, ids=str)
-def test_forward(library, case, dtype):
+@all_cases
+def test_cases(library, case, dtype):
+    """Forward and backward."""
+    if not fits(case, dtype):
+        pytest.skip("such a call goes to another backend")
     with installed(library):
-        check(case, dtype, backend="cpu", grads=False)
+        check(case, dtype, backend="cpu")
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@all_cases
 def test_keys_split(library, case):
-    """As on a GPU so large that the keys are divided among thread blocks, lanes and waves in another order."""
+    """As on a GPU so large that the keys are divided among thread blocks; lanes and waves in another order."""
     with installed(library, multiprocessors=300, order=1):
         check(case, torch.bfloat16, backend="cpu", grads=False)
 
 
 @dtypes
-@pytest.mark.parametrize("order", [1, 2, 3], ids=["reversed", "shuffled", "shuffled-otherwise"])
+@pytest.mark.parametrize("order", [1, 2], ids=["reversed", "shuffled"])
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("options", [{}, dict(mask="bool:bhqk", dropout_p=0.2)], ids=["plain", "general"])
 def test_order_of_lanes_does_not_matter(library, head_dim, options, order, dtype):
-    inputs = make_inputs(Case("order", 1, 2, 1, 70, 150, head_dim, is_causal=True, **options), dtype)
+    case = Case("order", 1, 2, 1, 70, 150, head_dim, is_causal=True, **options)
+    if not fits(case, dtype):
+        pytest.skip("such a call goes to another backend")
+    inputs = make_inputs(case, dtype)
+    inputs.options["deterministic"] = True
     results = []
     for each in (0, order):
         with installed(library, multiprocessors=5, order=each):
-            results.append(run(inputs, "cpu", grads=False))
-    assert torch.equal(results[0]["out"], results[1]["out"]) and torch.equal(results[0]["lse"], results[1]["lse"])
+            results.append(run(inputs, "cpu"))
+    for name, result in results[0].items():
+        assert torch.equal(result, results[1][name]), name
 
 
 def test_few_rows_and_splits_are_reached(library):

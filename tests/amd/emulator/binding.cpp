@@ -98,6 +98,26 @@ struct Library {
     read_params(p, q, k, v, out, lse, options);
     return kernels.attn_fwd(p, multiprocessors);
   }
+
+  void attn_bwd(const Array& q, const Array& k, const Array& v, const Array& out, const Array& lse,
+                int multiprocessors, const py::dict& options, const py::dict& grads) const {
+    AttnBwdParams p;
+    read_params(p, q, k, v, out, lse, options);
+    const auto grad = [&](const char* name) { return grads[name].cast<Array>(); };
+    p.grad_o = view(grad("out"));
+    p.dq = view(grad("q")), p.dk = view(grad("k")), p.dv = view(grad("v"));
+    OptionalArray of_lse, of_mask, of_sinks;
+    read(grads, "lse", of_lse);
+    read(grads, "attn_mask", of_mask);
+    read(grads, "sinks", of_sinks);
+    p.grad_lse = data_of(of_lse), p.dmask = data_of(of_mask), p.dsinks = data_of(of_sinks);
+    if (of_mask) {
+      const auto own = [&](int d) { return of_mask->shape(d) == 1 ? 0 : stride(*of_mask, d); };
+      p.dmask_batch_stride = own(0), p.dmask_head_stride = own(1);
+      p.dmask_q_stride = own(2), p.dmask_kv_stride = own(3);
+    }
+    kernels.attn_bwd(p, multiprocessors, grads["deterministic"].cast<bool>());
+  }
 };
 
 }  // namespace
@@ -106,5 +126,6 @@ PYBIND11_MODULE(binding, m) {
   py::class_<Library>(m, "Library")
       .def(py::init<std::string>())
       .def("set_order", [](const Library& self, uint64_t order) { self.kernels.set_order(order); })
+      .def("attn_bwd", &Library::attn_bwd, "Fills the gradients of q, k, v, attn_mask and sinks.")
       .def("attn_fwd", &Library::attn_fwd, "Fills out and lse; returns the number of splits.");
 }

@@ -8,8 +8,9 @@ namespace simt {
 
 struct Kernels {
   void (*set_order)(uint64_t order);  // see simt.h
-  // Both return into how many parts the keys were divided.
+  // Returns into how many parts the keys were divided.
   int (*attn_fwd)(const flash_ext::AttnParams& params, int multiprocessors);
+  void (*attn_bwd)(const flash_ext::AttnBwdParams& params, int multiprocessors, bool deterministic);
 };
 
 }  // namespace simt

@@ -32,6 +32,7 @@ namespace flash_ext {
 // The kernels' `extern __shared__`. The block's other shared variables lie round it: all that is
 // thread_local in this module is shared memory.
 alignas(128) thread_local unsigned char smem[simt::kMostShared];
+asm(".globl _ZN9flash_ext6memoryE\n .set _ZN9flash_ext6memoryE, _ZN9flash_ext4smemE");  // also called memory
 }  // namespace flash_ext
 
 namespace simt {

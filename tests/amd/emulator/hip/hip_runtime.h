@@ -58,11 +58,16 @@ inline int __any(int condition) {
   return 0;
 }
 
+inline float __uint_as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+inline uint32_t __float_as_uint(float x) { return __builtin_bit_cast(uint32_t, x); }
+
 inline float atomicAdd(float* sum, float x) {
   const float before = *sum;
   *sum = before + x;
   return before;
 }
+
+inline float unsafeAtomicAdd(float* sum, float x) { return atomicAdd(sum, x); }
 
 inline float __builtin_amdgcn_exp2f(float x) {  // denormals are zero
   const float y = exp2f(x);
@@ -76,7 +81,8 @@ enum hipDeviceAttribute_t {
   hipDeviceAttributeMultiprocessorCount,
   hipDeviceAttributeWarpSize,
   hipDeviceAttributeMaxSharedMemoryPerBlock,
-  hipDeviceAttributeL2CacheSize
+  hipDeviceAttributeL2CacheSize,
+  hipDeviceAttributeComputeCapabilityMajor
 };
 enum hipFuncAttribute { hipFuncAttributeMaxDynamicSharedMemorySize };
 inline const char* hipGetErrorString(hipError_t) { return ""; }
@@ -85,7 +91,7 @@ inline hipError_t hipFuncSetAttribute(const void*, hipFuncAttribute, int) { retu
 inline hipError_t hipGetDevice(int* device) { return *device = 0, hipSuccess; }
 inline hipError_t hipSetDevice(int) { return hipSuccess; }
 inline hipError_t hipDeviceGetAttribute(int* value, hipDeviceAttribute_t which, int) {
-  const int values[] = {1, simt::kWave, simt::kMostShared, 4 << 20};
+  const int values[] = {1, simt::kWave, simt::kMostShared, 4 << 20, 9};
   return *value = values[which], hipSuccess;
 }
 inline hipError_t hipMemsetAsync(void* to, int value, size_t bytes, hipStream_t) {
