@@ -37,7 +37,7 @@ struct BwdTile {
 constexpr BwdTile bwd_tile_f32(BwdVariant v, bool amd) {
   if (amd) {
     if (v.head_dim <= 64) return {32, 32, 2, 1, 16, 1, 16, v.head_dim, 1, false};
-    return {16, 16, 1, 1, 16, 1, 16, 32, 1, false};
+    return {16, 16, 1, 1, 16, 1, 16, v.head_dim / (v.head_dim == 96 ? 2 : 4), 1, false};
   }
   switch (v.head_dim) {
     case 32: return {64, 64, 4, 1, 32, 1, 16, 32, 2, false};

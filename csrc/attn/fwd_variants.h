@@ -60,8 +60,11 @@ constexpr FwdTile fwd_tile_f32(FwdVariant v, bool amd) {
 // with many rows: it needs 128 KB, and where there is less the general one takes its place.
 constexpr FwdTile fwd_tile(FwdVariant v, bool amd) {
   if (v.dtype == DType::f32) return fwd_tile_f32(v, amd);
+  if (amd) {  // never run there: chosen for no or few spilled registers, and two thread blocks in 64 KB
+    const bool q_in_regs = v.head_dim <= (v.general ? 64 : 128);
+    return {v.few_rows ? 16 : 64, 32, v.few_rows ? 1 : 4, 1, 1, q_in_regs};
+  }
   const int block_kv = v.head_dim <= 128 ? 64 : 32;
-  if (amd) return {v.few_rows ? 16 : 64, block_kv, v.few_rows ? 1 : 4, 1, 1, v.head_dim <= 128};
   if (v.few_rows) return {16, 32, 1, 2, 6, v.head_dim <= 128};
   if (v.general) return {64, block_kv, 4, 1, 2, v.head_dim <= 128};
   switch (v.head_dim) {

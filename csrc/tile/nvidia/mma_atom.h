@@ -40,6 +40,8 @@ struct MmaAtom {
     ptx::mma_m16n8k16<T>(c.reg + 4, a.reg, b.reg + 2);
   }
 
+  FX_DEVICE static void pin(Acc&) {}  // see amd/mma_atom.h
+
   template <typename Tile>
   FX_DEVICE static A load_a(const Tile& t, int row0, int k0) {
     A a;
