@@ -27,10 +27,13 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 EMULATOR = HERE / "emulator"
 BUILD = ROOT / "build/amd"
-FAMILIES = {"gfx9": "__GFX9__", "gfx11": "__GFX11__", "gfx12": "__GFX12__"}
+AMD = {f"gfx{n}": ["-D__HIP__", f"-D__GFX{n}__"] for n in (9, 11, 12)}
+NVIDIA = {f"sm{n}": [f"-DFX_EMULATE_SM{n}", f"-I{EMULATOR}/nvidia"] for n in (86, 90)}
+FAMILIES = AMD | NVIDIA
+PTX = [("tile/nvidia/ptx.h", EMULATOR / "nvidia/ptx.h")]
 OLDEST_CLANG = 18  # _Float16, __bf16 and vectors of them on x86
 
-COMMON = ("-std=c++20 -O2 -g0 -march=x86-64-v3 -fPIC -fno-strict-aliasing -w -D__HIP__ -DUSE_ROCM").split()
+COMMON = ("-std=c++20 -O2 -g0 -march=x86-64-v3 -fPIC -fno-strict-aliasing -w -DUSE_ROCM").split()
 CHECKED = (
     "-O1 -fsanitize=thread -mllvm -tsan-instrument-func-entry-exit=0 -mllvm -tsan-instrument-atomics=0 -x c++"
 ).split()
@@ -75,15 +78,18 @@ def hipified():
 
 
 def edited(name, edits):
-    """A copy of that copy; edits are (file, text, other text)."""
+    """A copy of that copy; edits are (file, text, other text), or (file, path of what takes its place)."""
     copy = BUILD / name / "csrc"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(hipified(), copy)
-    for file, old, new in edits:
+    for file, *change in edits:
         path = copy / file
         renamed = path.with_name(f"{path.stem}_hip{path.suffix}") if path.suffix == ".h" else path.with_suffix(".hip")
         path = renamed if renamed.is_file() else path
-        text = path.read_text()
+        if len(change) == 1:
+            shutil.copy(change[0], path)
+            continue
+        text, (old, new) = path.read_text(), change
         assert text.count(old) == 1, f"{path} has {text.count(old)} times: {old}"
         path.write_text(text.replace(old, new))
     return copy
@@ -105,10 +111,12 @@ def compile(source, flags):
 def build(family, edits=(), only=""):
     """A Library (emulator/binding.cpp) of one family's kernels; only: of those in *_hd*.hip, whose name it finds."""
     name = family if not (edits or only) else f"{family}_{digest(repr(edits), only)}"
+    edits = [*edits, *(PTX if family in NVIDIA else ())]
     copy = edited(name, edits) if edits else hipified()
     kernels = [path for path in sorted(copy.rglob("*.hip")) if "_hd" not in path.name or re.search(only, path.name)]
-    host = [EMULATOR / f"{name}.cpp" for name in ("kernels", "matrix", "simt")]
-    flags = [*COMMON, f"-D{FAMILIES[family]}", f"-I{EMULATOR}", f"-I{copy}"]
+    own = ("nvidia/mma", "nvidia/async") if family in NVIDIA else ("matrix",)
+    host = [EMULATOR / f"{name}.cpp" for name in ("kernels", "simt", *own)]
+    flags = [*COMMON, *FAMILIES[family], f"-I{EMULATOR}", f"-I{copy}"]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         objects = list(pool.map(lambda path: compile(path, flags), host))
         objects += pool.map(lambda path: compile(path, [*flags, *CHECKED]), kernels)

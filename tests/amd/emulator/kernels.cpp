@@ -11,8 +11,15 @@ using namespace flash_ext;
 
 namespace {
 
+#if defined(FX_EMULATE_SM90)
+constexpr bool kAddsAsync = true;
+#else
+constexpr bool kAddsAsync = false;
+#endif
+
 GpuFacts facts(int multiprocessors) {
-  return {multiprocessors, simt::kWave, static_cast<int>(simt::kMostShared), 4 << 20, false};
+  return {multiprocessors, simt::kWave, static_cast<int>(simt::kMostShared), 4 << 20,
+          kAddsAsync};
 }
 
 int attn_fwd(const AttnParams& params, int multiprocessors) {

@@ -40,6 +40,7 @@ namespace simt {
 Fiber* self;
 dim3 block, block_size, grid_size;
 uint64_t order;
+void (*at_return)();
 
 namespace {
 
@@ -102,6 +103,8 @@ void check_second_write() {
   if (!same) fail("shared memory: two threads write different values, without a barrier between");
 }
 
+}  // namespace
+
 void touch(const void* address, size_t bytes, bool write) {
   check_second_write();
   const size_t at = static_cast<const unsigned char*>(address) - shared;
@@ -134,6 +137,8 @@ void touch(const void* address, size_t bytes, bool write) {
   }
 }
 
+namespace {
+
 // ---- fibers
 
 void yield() {
@@ -151,6 +156,7 @@ void complete(Wave& w) { w.arrived = 0, ++w.round; }
 
 void run_lane() {
   (*entry)();
+  if (at_return) at_return();
   Wave& w = waves[self->wave];
   self->done = true;
   if (--w.active && w.arrived == w.active)

@@ -20,7 +20,14 @@ inline constexpr int kWave = 64;
 #else
 inline constexpr int kWave = 32;
 #endif
-inline constexpr size_t kMostShared = 64 * 1024;  // dynamic; what every AMD GPU has
+// Dynamic shared memory of a block.
+#if defined(FX_EMULATE_SM90)
+inline constexpr size_t kMostShared = 227 * 1024;
+#elif defined(FX_EMULATE_SM86)
+inline constexpr size_t kMostShared = 99 * 1024;
+#else
+inline constexpr size_t kMostShared = 64 * 1024;  // what every AMD GPU has
+#endif
 
 struct Fiber {
   dim3 thread;
@@ -39,6 +46,12 @@ extern uint64_t order;
 void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 
 void barrier();
+
+// An access to shared memory that the compiler does not announce.
+void touch(const void* address, size_t bytes, bool write);
+
+// Called when a lane returns, if set.
+extern void (*at_return)();
 
 // What the lanes of a wave have put down in an exchange. `name` and the number of bytes must be the
 // same in all of them.

@@ -58,6 +58,14 @@ inline int __any(int condition) {
   return 0;
 }
 
+// CUDA's names: sources of NVIDIA's kernels are hipified, too, and compiled without __HIP__.
+template <typename T>
+T __shfl_xor_sync(unsigned, T x, int mask, int width) {
+  return __shfl_xor(x, mask, width);
+}
+inline int __any_sync(unsigned, int condition) { return __any(condition); }
+inline void __threadfence() {}
+
 inline float __uint_as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 inline uint32_t __float_as_uint(float x) { return __builtin_bit_cast(uint32_t, x); }
 
