@@ -4,6 +4,7 @@ build("gfx9") gives a library whose attn_fwd works on numpy arrays; installed() 
 flash_ext.attn and all of flash_ext.testing run on the emulated kernels.
 """
 
+import fcntl
 import hashlib
 import importlib.util
 import math
@@ -13,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sysconfig
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -58,6 +58,12 @@ def missing():
     return None if clang() else f"the lane emulator needs clang++ {OLDEST_CLANG} or newer (or CLANG=...)"
 
 
+def sources():
+    """What libraries are made of, but for the instruction sets of CPUs."""
+    folders = ROOT / "csrc/attn", ROOT / "csrc/tile", EMULATOR
+    return sorted([path for folder in folders for path in folder.rglob("*.*")] + list((ROOT / "csrc").glob("*.h")))
+
+
 @cache
 def hipified():
     """A copy of the GPU sources in build/amd, as torch's hipify rewrites it for a ROCm build."""
@@ -77,9 +83,8 @@ def hipified():
     return copy
 
 
-def edited(name, edits):
-    """A copy of that copy; edits are (file, text, other text), or (file, path of what takes its place)."""
-    copy = BUILD / name / "csrc"
+def edited(copy, edits):
+    """A copy of hipified sources; edits are (file, text, other text), or (file, path of what takes its place)."""
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(hipified(), copy)
     for file, *change in edits:
@@ -95,36 +100,58 @@ def edited(name, edits):
     return copy
 
 
+@contextmanager
+def alone():
+    """One process or thread at a time: pytest -n."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def compile(source, flags):
     """The object file of a source; kept under the digest of what the preprocessor makes of it."""
     command = [clang(), *flags, str(source)]
     text = subprocess.run([*command, "-E", "-P"], check=True, capture_output=True).stdout
-    kept = BUILD / "objects" / f"{source.stem}-{digest(*COMMON, *CHECKED, text)}.o"
+    kept = BUILD / "objects" / f"{source.stem}-{digest(*flags_of(source), text)}.o"
     if not kept.is_file():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = kept.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+        kept.parent.mkdir(exist_ok=True)
+        unfinished = kept.with_suffix(".unfinished")
         subprocess.run([*command, "-c", "-o", str(unfinished)], check=True)
         unfinished.rename(kept)
     return kept
 
 
+def flags_of(source):
+    return [*COMMON, *CHECKED] if source.suffix == ".hip" else COMMON
+
+
 def build(family, edits=(), only=""):
     """A Library (emulator/binding.cpp) of one family's kernels; only: of those in *_hd*.hip, whose name it finds."""
-    name = family if not (edits or only) else f"{family}_{digest(repr(edits), only)}"
+    name = digest(family, repr(edits), only, *COMMON, *CHECKED, *(path.read_bytes() for path in sources()))
     edits = [*edits, *(PTX if family in NVIDIA else ())]
-    copy = edited(name, edits) if edits else hipified()
+    library = BUILD / f"kernels_{name}.so"
+    with alone():
+        if not library.is_file():
+            copy = edited(BUILD / name, edits) if edits else hipified()
+            link(library, family, copy, only)
+            if edits:
+                shutil.rmtree(copy)
+        return binding().Library(str(library))
+
+
+def link(library, family, copy, only):
     kernels = [path for path in sorted(copy.rglob("*.hip")) if "_hd" not in path.name or re.search(only, path.name)]
     own = ("nvidia/mma", "nvidia/async") if family in NVIDIA else ("matrix",)
     host = [EMULATOR / f"{name}.cpp" for name in ("kernels", "simt", *own)]
-    flags = [*COMMON, *FAMILIES[family], f"-I{EMULATOR}", f"-I{copy}"]
+    flags = [*FAMILIES[family], f"-I{EMULATOR}", f"-I{copy}"]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        objects = list(pool.map(lambda path: compile(path, flags), host))
-        objects += pool.map(lambda path: compile(path, [*flags, *CHECKED]), kernels)
-    library = BUILD / f"kernels_{name}.so"
-    # Its own symbols come first: several of these libraries are loaded.
-    link = [clang(), "-shared", "-Wl,-z,lazy", "-Wl,-Bsymbolic", f"-Wl,-soname,{library.name}"]
-    subprocess.run([*link, "-o", library, *objects], check=True)
-    return binding().Library(str(library))
+        objects = list(pool.map(lambda path: compile(path, [*flags_of(path), *flags]), [*host, *kernels]))
+    # Its own symbols come first: several of these libraries are loaded. Lazily: some kernels may be left out.
+    command = [clang(), "-shared", "-Wl,-z,lazy", "-Wl,-Bsymbolic", f"-Wl,-soname,{library.name}"]
+    unfinished = library.with_suffix(".unfinished")
+    subprocess.run([*command, "-o", unfinished, *objects], check=True)
+    unfinished.rename(library)
 
 
 @cache
@@ -132,8 +159,9 @@ def binding():
     """The Python module; apart from the kernels, because what is thread_local beside them is their shared memory."""
     includes = EMULATOR, ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")
     compiled = compile(EMULATOR / "binding.cpp", [*COMMON, "-fvisibility=hidden", *(f"-I{path}" for path in includes)])
-    library = BUILD / "binding.so"
-    subprocess.run([clang(), "-shared", "-o", library, compiled], check=True)
+    library = BUILD / f"binding_{compiled.stem.split('-')[-1]}.so"
+    if not library.is_file():
+        subprocess.run([clang(), "-shared", "-o", library, compiled], check=True)
     spec = importlib.util.spec_from_file_location("binding", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
