@@ -2,6 +2,7 @@
 
 import statistics
 import sys
+from contextlib import contextmanager
 from functools import partial
 
 import common
@@ -17,7 +18,10 @@ PEERS = {
     "mem-eff": "EFFICIENT_ATTENTION",
     "math": "MATH",  # its products in float32 proper: torch.backends.cuda.matmul.allow_tf32 is False by default
 }
-PEERS_OF = {torch.float32: ("mem-eff", "math")}  # other dtypes: all but math
+
+
+def peers_of(dtype):
+    return ("mem-eff", "math") if dtype == torch.float32 else ("FA2", "cuDNN", "mem-eff")
 
 
 def rows():
@@ -86,11 +90,17 @@ def calls(case, dtype, names):
             call = partial(flash_ext.attn, q, k, v, is_causal=case.is_causal, backend="gpu")
         else:
             call = sdpa_call(PEERS[name], case, q, k, v)
-        try:
+        with without_what_fails(case, name):
             found[name] = captured(torch.inference_mode()(call))
-        except RuntimeError as error:
-            print(f"{case}: {name}: {str(error).splitlines()[0]}", file=sys.stderr)
     return found
+
+
+@contextmanager
+def without_what_fails(case, name):
+    try:
+        yield
+    except RuntimeError as error:
+        print(f"{case}: {name}: {str(error).splitlines()[0]}", file=sys.stderr)
 
 
 def captured(call):
@@ -117,9 +127,7 @@ def seconds(call, least):
     return turn(max(2, int(least / max(turn(1), 1e-6))))
 
 
-def measure(case, dtype, options, tick):
-    peers = PEERS_OF.get(dtype, [name for name in PEERS if name != "math"])
-    found = calls(case, dtype, ["flash_ext", *peers])
+def measure(case, dtype, found, backward, options, tick):
     times = {name: [] for name in found}
     for _ in range(options.rounds):
         for name, call in found.items():
@@ -127,7 +135,7 @@ def measure(case, dtype, options, tick):
         tick()
     medians = {name: statistics.median(each) for name, each in times.items()}
     decoding = case.seq_q < 16
-    work = common.kv_bytes(case, dtype) / 1e9 if decoding else common.flops(case) / 1e12
+    work = common.kv_bytes(case, dtype) / 1e9 if decoding else common.flops(case, backward) / 1e12
     return {
         "title": case.id,
         "dtype": str(dtype).removeprefix("torch."),
@@ -137,7 +145,7 @@ def measure(case, dtype, options, tick):
     }
 
 
-def text_table(results):
+def text_table(results, names):
     def ratio(result, peer):
         rates = result["rates"]
         return f"{rates['flash_ext'] / rates[peer]:.2f}" if peer in rates else "-"
@@ -148,15 +156,16 @@ def text_table(results):
     lines = [
         (
             r["title"], r["unit"], f"{r['seconds']['flash_ext'] * 1e6:.0f} us",
-            *(rate(r, name) for name in ("flash_ext", *PEERS)), *(ratio(r, name) for name in PEERS),
+            *(rate(r, name) for name in names), *(ratio(r, name) for name in PEERS),
         )
         for r in results
     ]  # fmt: skip
-    return table(("case", "unit", "time", "flash_ext", *PEERS, *(f"x {name}" for name in PEERS)), lines)
+    return table(("case", "unit", "time", *names, *(f"x {name}" for name in PEERS)), lines)
 
 
-def main():
-    parser = common.arguments(__doc__)
+def main(title, name, all_rows, calls, names, backward=False):
+    """The command line of a benchmark; calls(case, dtype, names) makes what is timed."""
+    parser = common.arguments(title)
     parser.add_argument("--rows", nargs="+", metavar="TEXT", help="rows whose name contains one of these")
     parser.add_argument(
         "--rounds", type=int, default=3, metavar="N", help="turns of each, of which the median is taken"
@@ -164,18 +173,21 @@ def main():
     parser.add_argument("--turn", type=float, default=0.05, metavar="S", help="seconds that a turn lasts at least")
     options = parser.parse_args()
     common.apply(options)
-    chosen = [row for row in rows() if not options.rows or any(text in row[0].id for text in options.rows)]
+    chosen = [row for row in all_rows if not options.rows or any(text in row[0].id for text in options.rows)]
     facts = common.machine()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {facts['commit']}")
+    results = []
     with progress(len(chosen) * options.rounds, "measuring") as bar:
-        results = [measure(case, dtype, options, bar.update) for case, dtype in chosen]
-    print(text_table(results))
+        for case, dtype in chosen:
+            found = calls(case, dtype, [*names, *peers_of(dtype)])
+            results.append(measure(case, dtype, found, backward, options, bar.update))
+    print(text_table(results, [*names, *PEERS]))
     for peer in PEERS:
         ratios = [r["rates"]["flash_ext"] / r["rates"][peer] for r in results if peer in r["rates"]]
         if ratios:
             print(f"geometric mean over {peer}: {statistics.geometric_mean(ratios):.3f}")
-    print(common.save("gpu", facts, results))
+    print(common.save(name, facts, results))
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "gpu", rows(), calls, ["flash_ext"])

@@ -7,32 +7,21 @@
 #include "../gpu_check.h"
 #include "../tile/platform.h"
 #include "fwd.h"
+#include "load_tile.h"
 
 namespace flash_ext {
 namespace {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  FX_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
-  return value;
-}
-
 int element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
-bool in_chunks(const TensorView& t, int64_t head_dim, int bytes) {
-  return (reinterpret_cast<uintptr_t>(t.data) % 16 |
-          (t.batch_stride | t.head_stride | t.seq_stride | head_dim) * bytes % 16) == 0;
-}
 
 // Rows that cannot be read or written 16 bytes at a time, and options that change scores.
 bool needs_general(const AttnParams& p) {
   const int bytes = element_bytes(p.dtype);
-  const bool whole = p.dtype == DType::f32;  // its rows must also end with such a chunk
-  const int64_t head_dim = whole ? p.head_dim : 0, head_dim_v = whole ? p.head_dim_v : 0;
-  const bool chunks = in_chunks(p.q, head_dim, bytes) && in_chunks(p.k, head_dim, bytes) &&
-                      in_chunks(p.v, head_dim_v, bytes) && in_chunks(p.o, p.head_dim_v, bytes);
+  bool chunks = p.head_dim_v * bytes % 16 == 0;
+  for (const TensorView& t : {p.q, p.k, p.v, p.o}) chunks = chunks && in_chunks(t, bytes);
+  if (p.dtype == DType::f32) chunks = chunks && p.head_dim % 4 == 0;  // see load_floats
   return !chunks || p.mask.data || p.softcap > 0 || p.alibi_slopes || p.dropout_threshold;
 }
 
@@ -82,14 +71,6 @@ FwdLauncher find_fwd_of(FwdVariant v) {
 
 }  // namespace
 
-GpuFacts gpu_facts(int device) {
-  return {
-      attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrWarpSize, device),
-      attribute(kAmd ? cudaDevAttrMaxSharedMemoryPerBlock : cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                device),
-      attribute(cudaDevAttrL2CacheSize, device)};
-}
-
 FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   const int64_t group = p.heads_q / std::max<int64_t>(p.heads_kv, 1);
   const int64_t wide = std::max(p.head_dim, p.head_dim_v);
@@ -119,14 +100,15 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
            " bytes of shared memory, this GPU has ", gpu.smem_per_block);
   const int64_t packed = ceil_div(p.seq_q * group, tile.block_q);
   const int64_t apart = ceil_div(p.seq_q, tile.block_q);
-  args.pack = shares_kv && packed < apart * group ? static_cast<int>(group) : 1;
-  args.blocks_q = static_cast<int>(args.pack > 1 ? packed : apart);
-  args.heads = p.batch * p.heads_q / args.pack;
+  const int pack = shares_kv && packed < apart * group ? static_cast<int>(group) : 1;
+  args.pack = Divisor(pack);
+  args.blocks_q = static_cast<int>(pack > 1 ? packed : apart);
+  args.heads = p.batch * p.heads_q / pack;
   args.longest_last = p.window_right >= 0;
 
   const int64_t kv_bytes =
       std::max<int64_t>(p.seq_kv * (p.head_dim + p.head_dim_v) * element_bytes(p.dtype), 1);
-  const int64_t q_heads_of_kv = group / args.pack;
+  const int64_t q_heads_of_kv = group / pack;
   args.heads_at_once =
       static_cast<int>(std::clamp<int64_t>(gpu.l2_bytes / 2 / kv_bytes * q_heads_of_kv,
                                            q_heads_of_kv, std::max<int64_t>(args.heads, 1)));
@@ -134,7 +116,7 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   // A window leaves fewer keys to divide.
   int64_t seen = p.seq_kv;
   if (p.window_left >= 0 && p.window_right >= 0)
-    seen = std::min(seen, p.window_left + p.window_right + ceil_div(tile.block_q, args.pack));
+    seen = std::min(seen, p.window_left + p.window_right + ceil_div(tile.block_q, pack));
   const int64_t slots = int64_t{gpu.multiprocessors} * tile.blocks_per_sm;
   args.partial_rows =
       p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;
@@ -156,16 +138,6 @@ void launch_fwd(const FwdPlan& plan, const GpuFacts& gpu, void* stream) {
   if (plan.args.heads * plan.args.blocks_q == 0) return;
   find_fwd_of(plan.variant)(plan.args, gpu, stream);
   if (plan.args.splits > 1) launch_combine(plan, gpu, stream);
-}
-
-CurrentDevice::CurrentDevice(int device) : previous(device) {
-  FX_CUDA_CHECK(cudaGetDevice(&previous));
-  if (previous != device) FX_CUDA_CHECK(cudaSetDevice(device));
-}
-
-CurrentDevice::~CurrentDevice() {
-  int now = previous;
-  if (cudaGetDevice(&now) == cudaSuccess && now != previous) (void)cudaSetDevice(previous);
 }
 
 }  // namespace flash_ext

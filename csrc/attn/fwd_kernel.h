@@ -33,12 +33,6 @@ struct FwdConfig {
                                       SharedOperand<T, QTile>>;
 };
 
-template <typename T>
-FX_DEVICE bool in_chunks(const TensorView& t) {
-  return (reinterpret_cast<uintptr_t>(t.data) % 16 |
-          (t.batch_stride | t.head_stride | t.seq_stride) % (16 / sizeof(T))) == 0;
-}
-
 // Copies blocks of one KV head's keys or values. With staging, load starts it and finish ends it.
 template <typename Config>
 struct KvLoader {
@@ -51,7 +45,7 @@ struct KvLoader {
 
   FX_DEVICE KvLoader(const TensorView& t, const FwdTask& task, int cols, float* staging)
       : base(static_cast<const T*>(t.data) + task.kv_offset(t)), stride(t.seq_stride),
-        rows(task.seq_kv), cols(cols), chunks(in_chunks<T>(t)), staging(staging) {}
+        rows(task.seq_kv), cols(cols), chunks(in_chunks(t, sizeof(T))), staging(staging) {}
 
   FX_DEVICE void load(typename Config::KvTile dst, int block) const {
     const auto address = [&](int row) { return base + row * stride; };
@@ -136,7 +130,7 @@ FX_DEVICE void write_output(typename Config::Output& o, typename Config::QTile q
   __syncthreads();  // the whole tile is there
   store_tile<Config::kThreads, !Config::kGeneral>(
       q_smem, [&](int row) { return static_cast<T*>(p.o.data) + task.offset(p.o, row); }, task.row0,
-      task.rows, head_dim, in_chunks<T>(p.o) && head_dim % (16 / sizeof(T)) == 0);
+      task.rows, head_dim, in_chunks(p.o, sizeof(T)) && head_dim % (16 / sizeof(T)) == 0);
 }
 
 template <typename Config>
@@ -168,7 +162,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 
   load_tile<Config::kThreads, !Config::kGeneral>(
       q_smem, [&](int row) { return static_cast<const T*>(p.q.data) + task.offset(p.q, row); },
-      task.row0, task.rows, static_cast<int>(p.head_dim), in_chunks<T>(p.q));
+      task.row0, task.rows, static_cast<int>(p.head_dim), in_chunks(p.q, sizeof(T)));
   if (task.block_begin < task.block_end) {
     keys.load(k_smem(task.block_begin), task.block_begin);
     if constexpr (kStaged) copy_commit();
@@ -209,8 +203,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       if (splits_first) values.finish(v_smem(block));
 
     typename Config::Scores s;
-    s.clear();
-    mma_abt<Config::kHeadDim>(s, q, k_smem(block));  // s = q k^T
+    product_abt<Config::kHeadDim>(s, q, k_smem(block));  // s = q k^T
 
     if constexpr (kStaged) {
       if (!splits_first) values.finish(v_smem(block));

@@ -5,8 +5,17 @@
 #include "../tile/async_copy.h"
 #include "../tile/shared_tile.h"
 #include "../tile/split.h"
+#include "params.h"
 
 namespace flash_ext {
+
+// Whether every row is aligned to 16 bytes.
+FX_HOST_DEVICE bool in_chunks(const TensorView& t, int element_bytes) {
+  return (reinterpret_cast<uintptr_t>(t.data) |
+          (t.batch_stride | t.head_stride | t.seq_stride) * element_bytes) %
+             16 ==
+         0;
+}
 
 // The first `count` of eight 16-bit values at any address, then zeros.
 template <typename T>

@@ -41,7 +41,7 @@ FX_DEVICE void apply_options(AccTile<T, kRows, kCols>& s, const AttnParams& p, c
       x = static_cast<const float*>(
           p.alibi_slopes)[task.batch * p.alibi_batch_stride + task.head_of(row)];
       here.v[m][r] =
-          static_cast<float>(task.query(row) + task.seq_kv - task.rows / task.pack - kv0);
+          static_cast<float>(task.query(row) + task.seq_kv - task.rows / task.pack.by - kv0);
     });
     s.for_each([&](float& x, int m, int r, int col) {
       x -= slope.v[m][r] * fabsf(here.v[m][r] - static_cast<float>(col));
@@ -63,6 +63,13 @@ FX_DEVICE void apply_options(AccTile<T, kRows, kCols>& s, const AttnParams& p, c
   s.for_each([&](float& x, int, int, int) { x *= kLog2e; });
 }
 
+// The 16 bits of a key, of those of eight neighbours; written so that `bits` stays in registers.
+FX_DEVICE uint32_t dropout_number(const Philox4& bits, uint32_t key) {
+  const uint32_t low = key & 2 ? bits.word[1] : bits.word[0];
+  const uint32_t high = key & 2 ? bits.word[3] : bits.word[2];
+  return ((key & 4 ? high : low) >> (16 * (key & 1))) & 0xffffu;
+}
+
 // Sets the weights that dropout drops to zero.
 template <typename T, int kRows, int kCols>
 FX_DEVICE void apply_dropout(AccTile<T, kRows, kCols>& s, const AttnParams& p, const FwdTask& task,
@@ -77,11 +84,7 @@ FX_DEVICE void apply_dropout(AccTile<T, kRows, kCols>& s, const AttnParams& p, c
       const uint32_t batch_head = static_cast<uint32_t>(task.batch * p.heads_q + task.head_of(row));
       bits = dropout_bits(seed, offset, batch_head, task.query(row), last_group);
     }
-    const int word = key % 8 / 2;
-    const uint32_t low = word & 1 ? bits.word[1] : bits.word[0];
-    const uint32_t high = word & 1 ? bits.word[3] : bits.word[2];
-    const uint32_t random = ((word & 2 ? high : low) >> (16 * (key & 1))) & 0xffffu;
-    if (random < p.dropout_threshold) x = 0.f;
+    if (dropout_number(bits, key) < p.dropout_threshold) x = 0.f;
   });
 }
 

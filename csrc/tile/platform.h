@@ -10,6 +10,7 @@
 #endif
 
 #define FX_DEVICE __device__ __forceinline__
+#define FX_HOST_DEVICE __host__ __device__ __forceinline__
 
 namespace flash_ext {
 

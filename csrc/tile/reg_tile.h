@@ -1,6 +1,7 @@
 // Register tiles: a [kRows, kCols] float32 accumulator spread over a warp, and what attention does
 // to it. No vendor names below: every layout question is put to MmaAtom.
 #pragma once
+#include "atomic.h"
 #include "mma_atom.h"
 #include "shared_tile.h"
 
@@ -50,7 +51,9 @@ FX_DEVICE void store_atom(const typename MmaAtom<T>::Acc& acc, const Tile& t, in
   }
 }
 
-template <typename T, int kRows, int kCols>
+// kEvery: the tile is every kEvery-th column of atoms of a wider one, as the warps that share the
+// wider one divide it; col below and in for_each then counts columns of the narrow one.
+template <typename T, int kRows, int kCols, int kEvery = 1>
 struct AccTile {
   using Atom = MmaAtom<T>;
   static constexpr int kM = kRows / kAtom, kN = kCols / kAtom;
@@ -67,12 +70,29 @@ struct AccTile {
         for (int i = 0; i < Atom::kAccRegs; ++i)
           f(atom[m][n].reg[i], m, Atom::row_slot(i), n * kAtom + Atom::col(i));
   }
+  template <typename F>
+  FX_DEVICE void for_each(F f) const {
+    const_cast<AccTile*>(this)->for_each(
+        [&](const float& x, int m, int slot, int col) { f(x, m, slot, col); });
+  }
+  // f(value, value of other, m, slot, col) likewise.
+  template <typename F>
+  FX_DEVICE void for_each(AccTile& other, F f) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int i = 0; i < Atom::kAccRegs; ++i)
+          f(atom[m][n].reg[i], other.atom[m][n].reg[i], m, Atom::row_slot(i),
+            n * kAtom + Atom::col(i));
+  }
   FX_DEVICE void clear() {
     for_each([](float& x, int, int, int) { x = 0.f; });
   }
-  // Rounds to T and writes to the rows of a tile from row0 on.
+  // Rounds to T and writes to a tile, from (row0, col0) on; col0 is known to the compiler.
   template <typename Tile>
-  FX_DEVICE void store(const Tile& t, int row0) const {
+  FX_DEVICE void store(const Tile& t, int row0, int col0 = 0) const {
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -81,10 +101,33 @@ struct AccTile {
           const auto parts = Atom::parts(atom[m][n]);
 #pragma unroll
           for (int p = 0; p < kParts; ++p)
-            store_atom<bf16_t>(parts.of[p], plane(t, p), row0 + m * kAtom, n * kAtom);
+            store_atom<bf16_t>(parts.of[p], plane(t, p), row0 + m * kAtom,
+                               col0 + n * kAtom * kEvery);
         } else {
-          store_atom<T>(atom[m][n], t, row0 + m * kAtom, n * kAtom);
+          store_atom<T>(atom[m][n], t, row0 + m * kAtom, col0 + n * kAtom * kEvery);
         }
+      }
+  }
+  // put(address, value) or put(address, value, the next column's) for every element, where
+  // row(m, slot) is {address of column 0, null for none; what to flip in the bits of columns}.
+  template <typename Row, typename Put>
+  FX_DEVICE void put_rows(Row row, Put put) const {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int slot = 0; slot < Atom::kRowsPerLane; ++slot) {
+        const auto [dst, flip] = row(m, slot);
+        if (!dst) continue;
+#pragma unroll
+        for (int n = 0; n < kN; ++n)
+#pragma unroll
+          for (int i = 0; i < Atom::kAccRegs; ++i) {
+            if (Atom::row_slot(i) != slot) continue;
+            const float* x = atom[m][n].reg + i;
+            float* at = dst + ((n * kAtom * kEvery + Atom::col(i)) ^ flip);
+            if constexpr (!Atom::kColsInPairs) put(at, x[0]);
+            else if (i % 2 == 0) put(at, x[0], x[1]);
+          }
       }
   }
   FX_DEVICE static int row(int m, int slot) { return m * kAtom + Atom::row(slot); }
@@ -120,8 +163,8 @@ struct SharedOperand {
 };
 
 // c[m, n] += a[m, k] * (b of atom n, k), for all atoms; each b is loaded one step before its use.
-template <int kSteps, typename T, int kM, int kN, typename GetA, typename LoadB>
-FX_DEVICE void mma_steps(AccTile<T, kM, kN>& c, GetA get_a, LoadB load_b) {
+template <int kSteps, typename T, int kM, int kN, int kEvery, typename GetA, typename LoadB>
+FX_DEVICE void mma_steps(AccTile<T, kM, kN, kEvery>& c, GetA get_a, LoadB load_b) {
   using Atom = MmaAtom<T>;
   constexpr int kAtomsM = kM / kAtom, kAtomsN = kN / kAtom;
   typename Atom::A a[2][kAtomsM];
@@ -153,6 +196,35 @@ FX_DEVICE void mma_abt(AccTile<T, kM, kN>& c, const Operand& a, const Tile& b) {
   mma_steps<kK / kAtom>(
       c, [&](int m, int k) { return a.get(m, k); },
       [&](int n, int k) { return MmaAtom<T>::load_b(b, n * kAtom, k * kAtom); });
+}
+
+// c[m, n] = a[m, k] * b[n, k], likewise. float32: where its small products have a sum of their own,
+// the large ones of up to 128 columns are few enough to be summed in the matrix units, see
+// MmaAtom<float>::mma.
+template <int kK, typename T, int kM, int kN, typename Operand, typename Tile>
+FX_DEVICE void product_abt(AccTile<T, kM, kN>& c, const Operand& a, const Tile& b) {
+  c.clear();
+  if constexpr (std::is_same_v<T, float> && kK <= 128) {
+    using Atom = MmaAtom<float>;
+    AccTile<float, kM, kN> small;
+    small.clear();
+#pragma unroll
+    for (int k = 0; k < kK / kAtom; ++k) {
+      typename Atom::A x[kM / kAtom];
+#pragma unroll
+      for (int m = 0; m < kM / kAtom; ++m) x[m] = a.get(m, k);
+#pragma unroll
+      for (int n = 0; n < kN / kAtom; ++n) {
+        const typename Atom::B y = Atom::load_b(b, n * kAtom, k * kAtom);
+#pragma unroll
+        for (int m = 0; m < kM / kAtom; ++m)
+          Atom::mma_apart(c.atom[m][n], small.atom[m][n], x[m], y);
+      }
+    }
+    c.for_each(small, [](float& x, float y, int, int, int) { x += y; });
+  } else {
+    mma_abt<kK>(c, a, b);
+  }
 }
 
 // c[m, n] += a[m, k] * b[k, n]; a an accumulator, rounded to T; b in shared memory.
