@@ -182,9 +182,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   o.clear();
   typename Config::Softmax softmax;
 
-  // Half of the warps split between barriers before they multiply, the others after it: so the
-  // matrix units have work while the arithmetic ones split.
-  const bool splits_first = Config::kTile.warps > 4 && warp_id() / 4 % 2;
   if constexpr (kStaged)
     if (task.block_begin < task.block_end) keys.finish(k_smem(task.block_begin));
 
@@ -199,19 +196,15 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       if constexpr (kStages == 2) values.load(v_smem(next), next);
     }
     copy_commit();
-    if constexpr (kStaged)
-      if (splits_first) values.finish(v_smem(block));
 
     typename Config::Scores s;
-    s.clear();
-    mma_abt<Config::kHeadDim>(s, q, k_smem(block));  // s = q k^T
+    product_abt<Config::kHeadDim>(s, q, k_smem(block));  // s = q k^T
 
     if constexpr (kStaged) {
-      if (!splits_first) values.finish(v_smem(block));
+      values.finish(v_smem(block));
       __syncthreads();  // v is split; nobody reads k any more
       if (next < task.block_end) values.load(v_smem(next), next);
       copy_commit();
-      if (splits_first && next < task.block_end) keys.finish(k_smem(next));
     } else if constexpr (kStages == 1) {
       copy_wait<0>();
       __syncthreads();  // v has arrived; nobody reads k any more
@@ -230,7 +223,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       if (p.dropout_threshold) apply_dropout(s, p, task, task.row0 + warp_row, kv0);
     mma_ab(o, s, v_smem(block));  // o += p v
     if constexpr (kStaged)
-      if (!splits_first && next < task.block_end) keys.finish(k_smem(next));
+      if (next < task.block_end) keys.finish(k_smem(next));
   }
 
   normalise<Config>(o, softmax, args, task, task.row0 + warp_row);

@@ -22,7 +22,7 @@ struct FwdTile {
   int stages;           // 1: V is loaded during q k^T, the next K during p v; 2: a block ahead
   int blocks_per_sm;    // that the registers must leave room for
   bool q_in_regs;       // else q is read from shared memory again for each block of keys
-  bool staged = false;  // float32: keys and values are copied in the background, and split later
+  bool staged = false;  // float32: keys and values are copied a block ahead, and split later
 
   constexpr int rows_per_warp() const { return block_q / warps; }
   constexpr int smem_bytes(const FwdVariant& v) const {
@@ -32,9 +32,12 @@ struct FwdTile {
 };
 
 // float32: the general tiles, and those of few rows, fit 99 KB of shared memory (AMD: 64 KB, but for
-// head_dim 256).
+// head_dim 256) and take the place of the plain ones where those do not fit: sm_80 from head_dim 128.
 constexpr FwdTile fwd_tile_f32(FwdVariant v, bool amd) {
-  if (v.few_rows) return {16, 16, 1, 1, amd ? 1 : 4, false, !amd && v.head_dim <= 192};
+  if (v.few_rows) {
+    const int blocks_per_sm = amd ? 1 : v.head_dim <= 64 ? 8 : v.head_dim <= 128 ? 4 : 2;
+    return {16, 16, 1, 1, blocks_per_sm, v.head_dim <= 64, !amd && v.head_dim <= 192};
+  }
   if (amd) {
     if (v.head_dim <= 96) return {64, v.head_dim <= 64 ? 32 : 16, 4, 1, 1, false};
     return {v.head_dim <= 128 ? 32 : 16, 16, v.head_dim <= 128 ? 2 : 1, 1, 1, false};
@@ -49,8 +52,8 @@ constexpr FwdTile fwd_tile_f32(FwdVariant v, bool amd) {
     }
   }
   switch (v.head_dim) {
-    case 96:
-    case 128: return {128, 32, 8, 1, 1, v.head_dim == 128, true};
+    case 96: return {128, 32, 8, 1, 1, true, true};
+    case 128: return {128, 32, 8, 1, 1, false, true};
     case 192: return {128, 16, 8, 1, 1, false, true};
     default: return {96, 16, 6, 1, 1, false, true};
   }

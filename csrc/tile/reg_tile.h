@@ -202,6 +202,35 @@ FX_DEVICE void mma_abt(AccTile<T, kM, kN>& c, const Operand& a, const Tile& b) {
       [&](int n, int k) { return MmaAtom<T>::load_b(b, n * kAtom, k * kAtom); });
 }
 
+// c[m, n] = a[m, k] * b[n, k], likewise. float32: where its small products have a sum of their own,
+// the large ones of up to 128 columns are few enough to be summed in the matrix units, see
+// MmaAtom<float>::mma.
+template <int kK, typename T, int kM, int kN, typename Operand, typename Tile>
+FX_DEVICE void product_abt(AccTile<T, kM, kN>& c, const Operand& a, const Tile& b) {
+  c.clear();
+  if constexpr (std::is_same_v<T, float> && kK <= 128) {
+    using Atom = MmaAtom<float>;
+    AccTile<float, kM, kN> small;
+    small.clear();
+#pragma unroll
+    for (int k = 0; k < kK / kAtom; ++k) {
+      typename Atom::A x[kM / kAtom];
+#pragma unroll
+      for (int m = 0; m < kM / kAtom; ++m) x[m] = a.get(m, k);
+#pragma unroll
+      for (int n = 0; n < kN / kAtom; ++n) {
+        const typename Atom::B y = Atom::load_b(b, n * kAtom, k * kAtom);
+#pragma unroll
+        for (int m = 0; m < kM / kAtom; ++m)
+          Atom::mma_apart(c.atom[m][n], small.atom[m][n], x[m], y);
+      }
+    }
+    c.for_each(small, [](float& x, float y, int, int, int) { x += y; });
+  } else {
+    mma_abt<kK>(c, a, b);
+  }
+}
+
 // c[m, n] += a[m, k] * b[k, n]; a an accumulator, rounded to T; b in shared memory.
 template <typename T, int kM, int kN, int kK, typename Tile>
 FX_DEVICE void mma_ab(AccTile<T, kM, kN>& c, const AccTile<T, kM, kK>& a, const Tile& b) {
