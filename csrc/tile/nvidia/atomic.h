@@ -17,6 +17,16 @@ FX_DEVICE void add_to(float* dst, float a, float b) {
 #endif
 }
 
+// What was written before store_release is seen by who reads it after load_acquire.
+FX_DEVICE int load_acquire(const int* src) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(src) : "memory");
+  return x;
+}
+FX_DEVICE void store_release(int* dst, int x) {
+  asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(dst), "r"(x) : "memory");
+}
+
 // Whether add_async is there.
 #if __CUDA_ARCH__ >= 900
 inline constexpr bool kHasAddAsync = true;
