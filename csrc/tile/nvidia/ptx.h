@@ -69,6 +69,15 @@ FX_DEVICE void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
 }
 
+FX_DEVICE int ld_acquire(const int* src) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(src) : "memory");
+  return x;
+}
+FX_DEVICE void st_release(int* dst, int x) {
+  asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(dst), "r"(x) : "memory");
+}
+
 // What only sm_90 and newer have.
 #if __CUDA_ARCH__ >= 900
 inline constexpr bool kSm90 = true;

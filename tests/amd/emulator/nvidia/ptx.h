@@ -65,7 +65,7 @@ FX_DEVICE void cp_async_wait_group() {
   simt::cp_async_wait_group(kNewest);
 }
 
-FX_DEVICE int ld_acquire(const int* src) { return simt::ld_acquire(src); }
+FX_DEVICE int ld_acquire(const int* src) { return simt::load_without_waiting(src); }
 FX_DEVICE void st_release(int* dst, int x) { *dst = x; }
 
 inline constexpr bool kSm90 = simt::kSm90;
