@@ -63,8 +63,7 @@ FX_DEVICE void load_tile(SharedTile<T, kRows, kCols> dst, Address address, int r
       const int count = row0 + row < rows ? std::clamp(cols - col, 0, 8) : 0;
       // AMD's copy reads 16 bytes in any case: where nothing is wanted, those of a row that is there.
       const bool skip = kAmd && count == 0;
-      const T* src = address(skip ? row0 : row0 + row) + (skip ? 0 : col);
-      copy_async(dst.at(row, col), src, 2 * count);
+      copy_async(dst.at(row, col), address(skip ? row0 : row0 + row) + (skip ? 0 : col), 2 * count);
     }
   } else {
 #pragma unroll 1

@@ -1,4 +1,4 @@
-"""The AMD kernels, compiled for the CPU: the real hipify, then clang with emulator/hip in the place of HIP.
+"""The GPU kernels, compiled for the CPU: the real hipify, then clang with emulator/hip in the place of HIP.
 
 build("gfx9") gives a library whose attn_fwd works on numpy arrays; installed() puts one behind torch's CPU ops, so that
 flash_ext.attn and all of flash_ext.testing run on the emulated kernels.

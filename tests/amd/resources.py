@@ -67,8 +67,8 @@ def name_of(mangled):
     if variant:
         flags = [word for word, bit in zip(FLAGS[name], re.findall("Lb([01])", variant[3]), strict=False) if bit == "1"]
         return " ".join([name, variant[2], DTYPES[int(variant[1])], *flags])
-    dtype = re.search(r"6__half|bfloat16|_kernelI(f)", mangled)
-    return f"{name} {dtype[0].replace('6__half', 'float16')}" if dtype else name
+    dtype = re.search(r"_kernelI(6__half|14__hip_bfloat16|f)", mangled)
+    return f"{name} {dict(zip('61f', DTYPES, strict=False))[dtype[1][0]]}" if dtype else name
 
 
 def main(library, *archs):

@@ -1,4 +1,4 @@
-"""The AMD kernels in the lane emulator, against the definition in float64."""
+"""The GPU kernels, AMD's and NVIDIA's, in the lane emulator, against the definition in float64."""
 
 import pytest
 import torch
@@ -34,10 +34,12 @@ def library(request):
 
 @dtypes
 @all_cases
-def test_cases(library, case, dtype):
+def test_cases(request, library, case, dtype):
     """Forward and backward."""
     if not fits(case, dtype):
         pytest.skip("such a call goes to another backend")
+    if request.node.callspec.params["library"] == "sm86" and dtype != torch.bfloat16:
+        pytest.skip("sm86 has other tiles than sm90; one dtype shows them")
     with installed(library):
         check(case, dtype, backend="cpu")
 

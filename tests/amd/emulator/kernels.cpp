@@ -18,8 +18,7 @@ constexpr bool kAddsAsync = false;
 #endif
 
 GpuFacts facts(int multiprocessors) {
-  return {multiprocessors, simt::kWave, static_cast<int>(simt::kMostShared), 4 << 20,
-          kAddsAsync};
+  return {multiprocessors, simt::kWave, static_cast<int>(simt::kMostShared), 4 << 20, kAddsAsync};
 }
 
 int attn_fwd(const AttnParams& params, int multiprocessors) {

@@ -50,9 +50,8 @@ void mma_m16n8k16(float* c, const uint32_t* a, const uint32_t* b, bool half) {
   std::memcpy(mine.a, a, sizeof mine.a);
   std::memcpy(mine.b, b, sizeof mine.b);
   std::memcpy(mine.c, c, sizeof mine.c);
-  const Deposits& all =
-      half ? exchange("mma.f16", &mine, sizeof mine, true, multiply_all<true>)
-           : exchange("mma.bf16", &mine, sizeof mine, true, multiply_all<false>);
+  const Deposits& all = half ? exchange("mma.f16", &mine, sizeof mine, true, multiply_all<true>)
+                             : exchange("mma.bf16", &mine, sizeof mine, true, multiply_all<false>);
   std::memcpy(c, reinterpret_cast<const Lane*>(all.of[self->lane])->c, sizeof mine.c);
 }
 

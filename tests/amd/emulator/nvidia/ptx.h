@@ -10,9 +10,7 @@
 #include "mma.h"
 #include "simt.h"
 
-namespace flash_ext {
-extern thread_local unsigned char smem[];
-}
+namespace flash_ext { extern thread_local unsigned char smem[]; }
 
 namespace flash_ext::ptx {
 
@@ -28,7 +26,8 @@ FX_DEVICE float ex2(float x) {  // denormals are zero
 template <typename T>
 FX_DEVICE uint32_t cvt(float low, float high) {
   T pair[2];
-  if constexpr (std::is_same_v<T, half_t>) pair[0] = __float2half(low), pair[1] = __float2half(high);
+  if constexpr (std::is_same_v<T, half_t>)
+    pair[0] = __float2half(low), pair[1] = __float2half(high);
   else pair[0] = __float2bfloat16(low), pair[1] = __float2bfloat16(high);
   uint32_t r;
   std::memcpy(&r, pair, sizeof r);
