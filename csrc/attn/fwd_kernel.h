@@ -26,6 +26,7 @@ struct FwdConfig {
   using KvTile = SharedTile<T, kBlockKV, kHeadDim>;
   using Scores = AccTile<T, kRowsPerWarp, kBlockKV>;
   using Output = AccTile<T, kRowsPerWarp, kHeadDim>;
+  using Weights = OperandTile<T, kRowsPerWarp, kBlockKV>;
   using Softmax = OnlineSoftmax<T, kRowsPerWarp>;
   using QOperand = std::conditional_t<kTile.q_in_regs, OperandTile<T, kRowsPerWarp, kHeadDim>,
                                       SharedOperand<T, QTile>>;
@@ -85,8 +86,8 @@ FX_DEVICE void normalise(typename Config::Output& o, typename Config::Softmax& s
     if (p.sinks && args.splits == 1 && row < task.rows) {
       const float sink = static_cast<const float*>(p.sinks)[task.head_of(row)] * kLog2e;
       const float both = fmaxf(top, sink);
-      x = fast_exp2(top - softmax.shift(both));
-      sum = sum * x + fast_exp2(sink - softmax.shift(both));
+      x = fast_exp2(top - both);
+      sum = sum * x + fast_exp2(sink - both);
       top = both;
     }
     x = sum == 0.f ? 0.f : x / sum;
@@ -149,61 +150,79 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   };
   const KvLoader<Config> keys(p.k, task, static_cast<int>(p.head_dim));
   const KvLoader<Config> values(p.v, task, static_cast<int>(p.head_dim_v));
+  const int begin = task.block_begin, end = task.block_end;
+  // Keys are wanted one block earlier than values.
+  const auto start_copies = [&](int block) {
+    if (block < end) keys.load(k_smem(block), block);
+    if (begin < block && block <= end) values.load(v_smem(block - 1), block - 1);
+    copy_commit();
+  };
 
   load_tile<Config::kThreads, !Config::kGeneral>(
       q_smem, [&](int row) { return static_cast<const T*>(p.q.data) + task.offset(p.q, row); },
       task.row0, task.rows, static_cast<int>(p.head_dim), in_chunks(p.q));
-  if (task.block_begin < task.block_end) {
-    keys.load(k_smem(task.block_begin), task.block_begin);
-    if constexpr (kStages == 2) values.load(v_smem(task.block_begin), task.block_begin);
-  }
-  copy_commit();
+  for (int i = 0; i < kStages; ++i) start_copies(begin + i);
+  copy_wait<kStages - 1>();
+  __syncthreads();  // q and the first keys have arrived
 
   typename Config::QOperand q;
-  if constexpr (Config::kTile.q_in_regs) {
-    copy_wait<0>();
-    __syncthreads();  // q has arrived
-    q.load(q_smem, warp_row);
-  } else {
-    q = {q_smem, warp_row};
-  }
+  if constexpr (Config::kTile.q_in_regs) q.load(q_smem, warp_row);
+  else q = {q_smem, warp_row};
+  typename Config::Scores s;
   typename Config::Output o;
-  o.clear();
   typename Config::Softmax softmax;
+  o.clear();
 
-  for (int block = task.block_begin; block < task.block_end; ++block) {
-    const int next = block + 1, kv0 = block * kBlockKV;
-    copy_wait<0>();
-    __syncthreads();  // this block has arrived; nobody reads the one before any more
-    if constexpr (kStages == 1) {
-      values.load(v_smem(block), block);
-    } else if (next < task.block_end) {
-      keys.load(k_smem(next), next);
-      values.load(v_smem(next), next);
-    }
-    copy_commit();
-
-    typename Config::Scores s;
+  // Where everything is masked, -inf * scale must not be NaN: a scale of 0 is nearly 0.
+  const float scale = Config::kGeneral ? 1.f : fmaxf(static_cast<float>(p.scale) * kLog2e, 1e-37f);
+  const auto multiply = [&](int block) {  // s = q k^T
     s.clear();
-    mma_abt<Config::kHeadDim>(s, q, k_smem(block));  // s = q k^T
-
-    if constexpr (kStages == 1) {
-      copy_wait<0>();
-      __syncthreads();  // v has arrived; nobody reads k any more
-      if (next < task.block_end) keys.load(k_smem(next), next);
-      copy_commit();
-    }
-    if constexpr (Config::kGeneral) apply_options(s, p, task, task.row0 + warp_row, kv0);
-    if (block < task.whole_begin || block >= task.whole_end)
-      apply_band(s, task, task.row0 + warp_row, kv0);
-
-    // Where everything is masked, -inf * scale must not be NaN: a scale of 0 is nearly 0.
-    const float scale =
-        Config::kGeneral ? 1.f : fmaxf(static_cast<float>(p.scale) * kLog2e, 1e-37f);
-    softmax.step(s, o, scale);
+    mma_abt<Config::kHeadDim>(s, q, k_smem(block));
+  };
+  const auto follow = [&](int block, auto partly) {  // partly: some row does not see all keys
+    const int row0 = task.row0 + warp_row, kv0 = block * kBlockKV;
+    if constexpr (Config::kGeneral) apply_options(s, p, task, row0, kv0);
+    if (partly) apply_band(s, task, row0, kv0);
+    softmax.follow(s, o, scale);
+  };
+  const auto weigh = [&](int block) {
+    softmax.weigh(s, scale);
     if constexpr (Config::kGeneral)
-      if (p.dropout_threshold) apply_dropout(s, p, task, task.row0 + warp_row, kv0);
-    mma_ab(o, s, v_smem(block));  // o += p v
+      if (p.dropout_threshold)
+        apply_dropout(s, p, task, task.row0 + warp_row, block * kBlockKV);
+    typename Config::Weights weights;
+    weights.round(s);
+    return weights;
+  };
+  // The next block's scores do not depend on this one's weights: all this runs intermingled.
+  const auto step = [&](int block, auto partly) {
+    const typename Config::Weights weights = weigh(block);
+    multiply(block + 1);
+    mma_ab<kBlockKV>(o, weights, v_smem(block));  // o += p v
+    follow(block + 1, partly);
+  };
+
+  // The last rows of the warp see no more keys than those of the blocks below warp_end.
+  const int last = task.query(task.row0 + warp_row + Config::kRowsPerWarp - 1) + task.right;
+  const int warp_end = std::min(end, last / kBlockKV + 1);
+  if (begin < warp_end) {
+    multiply(begin);
+    follow(begin, true);
+  }
+  for (int block = begin; block < end; ++block) {
+    const int next = block + 1;
+    copy_wait<kStages - 2>();
+    __syncthreads();  // these values and the next keys have arrived; those before are not read any more
+    start_copies(block + kStages);
+    if (next < warp_end) {
+      const bool partly = next < task.whole_begin || next >= task.whole_end;
+      if constexpr (Config::kGeneral) step(block, partly);
+      else if (partly) step(block, std::true_type{});
+      else step(block, std::false_type{});
+    } else if (block < warp_end) {
+      const typename Config::Weights weights = weigh(block);
+      mma_ab<kBlockKV>(o, weights, v_smem(block));
+    }
   }
 
   normalise<Config>(o, softmax, args, task, task.row0 + warp_row);

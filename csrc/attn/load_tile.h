@@ -43,8 +43,15 @@ template <int kThreads, bool kInChunks, typename T, int kRows, int kCols, typena
 FX_DEVICE void load_tile(SharedTile<T, kRows, kCols> dst, Address address, int row0, int rows,
                          int cols, bool in_chunks) {
   constexpr int kChunks = kCols / 8;
-  if (kInChunks || in_chunks) {
-    using Mine = Chunks<kThreads, kRows, kChunks>;
+  using Mine = Chunks<kThreads, kRows, kChunks>;
+  if ((kInChunks || in_chunks) && row0 + kRows <= rows && cols % 8 == 0) {  // nearly every tile
+#pragma unroll
+    for (int step = 0; step < Mine::kSteps; ++step) {
+      const auto [row, col] = Mine::at(step);
+      if (kRows % Mine::kRowStep && row >= kRows) break;
+      copy_async(dst.at(row, col), address(row0 + row) + col, col < cols);
+    }
+  } else if (kInChunks || in_chunks) {
 #pragma unroll
     for (int step = 0; step < Mine::kSteps; ++step) {
       const auto [row, col] = Mine::at(step);

@@ -21,6 +21,11 @@ FX_DEVICE void copy_async(void* dst_smem, const void* src_gmem, int bytes) {
   *static_cast<uint4*>(dst_smem) = chunk;
 }
 
+// Writes 16 bytes to dst_smem: those of src_gmem, or zeros where they are not there to be read.
+FX_DEVICE void copy_async(void* dst_smem, const void* src_gmem, bool there) {
+  *static_cast<uint4*>(dst_smem) = there ? *static_cast<const uint4*>(src_gmem) : uint4{};
+}
+
 FX_DEVICE void copy_commit() {}
 
 template <int kNewest>
