@@ -27,7 +27,7 @@ bool in_chunks(const TensorView& t, int64_t head_dim) {
 // Rows that cannot be read or written 16 bytes at a time, and options that change scores.
 bool needs_general(const AttnParams& p) {
   const bool chunks =
-      in_chunks(p.q, 8) && in_chunks(p.k, 8) && in_chunks(p.v, 8) && in_chunks(p.o, p.head_dim_v);
+      in_chunks(p.q, p.head_dim) && in_chunks(p.k, p.head_dim) && in_chunks(p.v, p.head_dim_v) && in_chunks(p.o, p.head_dim_v);
   return !chunks || p.mask.data || p.softcap > 0 || p.alibi_slopes || p.dropout_threshold;
 }
 

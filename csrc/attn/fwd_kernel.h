@@ -22,8 +22,8 @@ struct FwdConfig {
   // AMD's compilers read the second number of __launch_bounds__ as something else.
   static constexpr int kBlocksPerSm = kAmd ? 1 : kTile.blocks_per_sm;
 
-  using QTile = SharedTile<T, kBlockQ, kHeadDim>;
-  using KvTile = SharedTile<T, kBlockKV, kHeadDim>;
+  using QTile = PaddedTile<T, kBlockQ, kHeadDim>;
+  using KvTile = PaddedTile<T, kBlockKV, kHeadDim>;
   using Scores = AccTile<T, kRowsPerWarp, kBlockKV>;
   using Output = AccTile<T, kRowsPerWarp, kHeadDim>;
   using Weights = OperandTile<T, kRowsPerWarp, kBlockKV>;
@@ -32,28 +32,38 @@ struct FwdConfig {
                                       SharedOperand<T, QTile>>;
 };
 
-FX_DEVICE bool in_chunks(const TensorView& t) {
+FX_DEVICE bool in_chunks(const TensorView& t, int64_t cols) {
   return (reinterpret_cast<uintptr_t>(t.data) % 16 |
-          (t.batch_stride | t.head_stride | t.seq_stride) % 8) == 0;
+          (t.batch_stride | t.head_stride | t.seq_stride | cols) % 8) == 0;
 }
 
-// Copies blocks of one KV head's keys or values.
+// Copies one KV head's keys or values, a block after the other.
 template <typename Config>
 struct KvLoader {
   using T = typename Config::T;
-  const T* base;
+  using Mine = Chunks<Config::kThreads, Config::kBlockKV, Config::kHeadDim / 8>;
+  const T* next;  // what the next block starts with, for this thread
   int64_t stride;
-  int rows, cols;
+  int rows, cols;  // from there on
   bool chunks;
 
-  FX_DEVICE KvLoader(const TensorView& t, const FwdTask& task, int cols)
-      : base(static_cast<const T*>(t.data) + task.kv_offset(t)), stride(t.seq_stride),
-        rows(task.seq_kv), cols(cols), chunks(in_chunks(t)) {}
+  FX_DEVICE KvLoader(const TensorView& t, const FwdTask& task, int64_t cols)
+      : next(static_cast<const T*>(t.data) + task.kv_offset(t) +
+             task.block_begin * Config::kBlockKV * t.seq_stride),
+        stride(t.seq_stride), rows(task.seq_kv - task.block_begin * Config::kBlockKV),
+        cols(static_cast<int>(cols)), chunks(in_chunks(t, cols)) {
+    if constexpr (!Config::kGeneral) next += Mine::row() * stride + Mine::col();
+  }
 
-  FX_DEVICE void load(typename Config::KvTile dst, int block) const {
-    load_tile<Config::kThreads, !Config::kGeneral>(
-        dst, [&](int row) { return base + row * stride; }, block * Config::kBlockKV, rows, cols,
-        chunks);
+  // kWhole: all rows of this block are there.
+  template <bool kWhole>
+  FX_DEVICE void load(typename Config::KvTile dst) {
+    if constexpr (Config::kGeneral)
+      load_tile<Config::kThreads, false>(
+          dst, [&](int row) { return next + row * stride; }, 0, rows, cols, chunks);
+    else load_rows<Config::kThreads, kWhole>(dst, next, stride, rows, cols);
+    next += Config::kBlockKV * stride;
+    rows -= Config::kBlockKV;
   }
 };
 
@@ -126,7 +136,7 @@ FX_DEVICE void write_output(typename Config::Output& o, typename Config::QTile q
   __syncthreads();  // the whole tile is there
   store_tile<Config::kThreads, !Config::kGeneral>(
       q_smem, [&](int row) { return static_cast<T*>(p.o.data) + task.offset(p.o, row); }, task.row0,
-      task.rows, head_dim, in_chunks(p.o) && head_dim % 8 == 0);
+      task.rows, head_dim, in_chunks(p.o, head_dim));
 }
 
 template <typename Config>
@@ -141,89 +151,83 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 
   extern __shared__ __align__(128) unsigned char smem[];
   const typename Config::QTile q_smem{reinterpret_cast<T*>(smem)};
-  const auto k_smem = [&](int block) {
-    T* ring = q_smem.data + Config::kBlockQ * Config::kHeadDim;
-    return typename Config::KvTile{ring + block % kStages * kBlockKV * Config::kHeadDim};
+  constexpr int kKvSize = Config::KvTile::kSize;
+  T* const k_ring = q_smem.data + Config::QTile::kSize;
+  const auto k_smem = [&](unsigned block) {
+    return typename Config::KvTile{k_ring + block % kStages * kKvSize};
   };
-  const auto v_smem = [&](int block) {
-    return typename Config::KvTile{k_smem(block).data + kStages * kBlockKV * Config::kHeadDim};
+  const auto v_smem = [&](unsigned block) {
+    return typename Config::KvTile{k_ring + (kStages + block % kStages) * kKvSize};
   };
-  const KvLoader<Config> keys(p.k, task, static_cast<int>(p.head_dim));
-  const KvLoader<Config> values(p.v, task, static_cast<int>(p.head_dim_v));
-  const int begin = task.block_begin, end = task.block_end;
-  // Keys are wanted one block earlier than values.
-  const auto start_copies = [&](int block) {
-    if (block < end) keys.load(k_smem(block), block);
-    if (begin < block && block <= end) values.load(v_smem(block - 1), block - 1);
-    copy_commit();
-  };
+  KvLoader<Config> keys(p.k, task, p.head_dim), values(p.v, task, p.head_dim_v);
 
+  int block = task.block_begin;
   load_tile<Config::kThreads, !Config::kGeneral>(
       q_smem, [&](int row) { return static_cast<const T*>(p.q.data) + task.offset(p.q, row); },
-      task.row0, task.rows, static_cast<int>(p.head_dim), in_chunks(p.q));
-  for (int i = 0; i < kStages; ++i) start_copies(begin + i);
-  copy_wait<kStages - 1>();
-  __syncthreads();  // q and the first keys have arrived
+      task.row0, task.rows, static_cast<int>(p.head_dim), in_chunks(p.q, p.head_dim));
+  if (block < task.block_end) {
+    keys.template load<false>(k_smem(block));
+    if constexpr (kStages == 2) values.template load<false>(v_smem(block));
+  }
+  copy_commit();
 
   typename Config::QOperand q;
-  if constexpr (Config::kTile.q_in_regs) q.load(q_smem, warp_row);
-  else q = {q_smem, warp_row};
-  typename Config::Scores s;
+  if constexpr (Config::kTile.q_in_regs) {
+    copy_wait<0>();
+    __syncthreads();  // q has arrived
+    q.load(q_smem, warp_row);
+  } else {
+    q = {q_smem, warp_row};
+  }
   typename Config::Output o;
-  typename Config::Softmax softmax;
   o.clear();
-
+  typename Config::Softmax softmax;
   // Where everything is masked, -inf * scale must not be NaN: a scale of 0 is nearly 0.
   const float scale = Config::kGeneral ? 1.f : fmaxf(static_cast<float>(p.scale) * kLog2e, 1e-37f);
-  const auto multiply = [&](int block) {  // s = q k^T
-    s.clear();
-    mma_abt<Config::kHeadDim>(s, q, k_smem(block));
-  };
-  const auto follow = [&](int block, auto partly) {  // partly: some row does not see all keys
-    const int row0 = task.row0 + warp_row, kv0 = block * kBlockKV;
-    if constexpr (Config::kGeneral) apply_options(s, p, task, row0, kv0);
-    if (partly) apply_band(s, task, row0, kv0);
-    softmax.follow(s, o, scale);
-  };
-  const auto weigh = [&](int block) {
-    softmax.weigh(s, scale);
-    if constexpr (Config::kGeneral)
-      if (p.dropout_threshold)
-        apply_dropout(s, p, task, task.row0 + warp_row, block * kBlockKV);
-    typename Config::Weights weights;
-    weights.round(s);
-    return weights;
-  };
-  // The next block's scores do not depend on this one's weights: all this runs intermingled.
-  const auto step = [&](int block, auto partly) {
-    const typename Config::Weights weights = weigh(block);
-    multiply(block + 1);
-    mma_ab<kBlockKV>(o, weights, v_smem(block));  // o += p v
-    follow(block + 1, partly);
-  };
 
-  // The last rows of the warp see no more keys than those of the blocks below warp_end.
-  const int last = task.query(task.row0 + warp_row + Config::kRowsPerWarp - 1) + task.right;
-  const int warp_end = std::min(end, last / kBlockKV + 1);
-  if (begin < warp_end) {
-    multiply(begin);
-    follow(begin, true);
-  }
-  for (int block = begin; block < end; ++block) {
-    const int next = block + 1;
-    copy_wait<kStages - 2>();
-    __syncthreads();  // these values and the next keys have arrived; those before are not read any more
-    start_copies(block + kStages);
-    if (next < warp_end) {
-      const bool partly = next < task.whole_begin || next >= task.whole_end;
-      if constexpr (Config::kGeneral) step(block, partly);
-      else if (partly) step(block, std::true_type{});
-      else step(block, std::false_type{});
-    } else if (block < warp_end) {
-      const typename Config::Weights weights = weigh(block);
-      mma_ab<kBlockKV>(o, weights, v_smem(block));
+  // whole: every row sees all keys of these blocks, and none is missing in the one after them.
+  const auto blocks_to = [&](int end, auto whole) {
+    for (; block < end; ++block) {
+      constexpr bool kWhole = decltype(whole)::value;
+      const bool more = kWhole || block + 1 < task.block_end;
+      copy_wait<0>();
+      __syncthreads();  // this block has arrived; nobody reads the one before any more
+      if constexpr (kStages == 1) {
+        values.template load<kWhole>(v_smem(block));
+      } else if (more) {
+        keys.template load<kWhole>(k_smem(block + 1));
+        values.template load<kWhole>(v_smem(block + 1));
+      }
+      copy_commit();
+
+      typename Config::Scores s;
+      s.clear();
+      mma_abt<Config::kHeadDim>(s, q, k_smem(block));  // s = q k^T
+
+      if constexpr (kStages == 1) {
+        copy_wait<0>();
+        __syncthreads();  // v has arrived; nobody reads k any more
+        if (more) keys.template load<kWhole>(k_smem(block + 1));
+        copy_commit();
+      }
+      const int row0 = task.row0 + warp_row, kv0 = block * kBlockKV;
+      if constexpr (Config::kGeneral) apply_options(s, p, task, row0, kv0);
+      if constexpr (!kWhole)
+        if (block < task.whole_begin || block >= task.whole_end) apply_band(s, task, row0, kv0);
+      softmax.follow(s, o, scale);
+      softmax.weigh(s, scale);
+      if constexpr (Config::kGeneral)
+        if (p.dropout_threshold) apply_dropout(s, p, task, row0, kv0);
+      typename Config::Weights weights;
+      weights.round(s);
+      mma_ab<kBlockKV>(o, weights, v_smem(block));  // o += p v
     }
+  };
+  if constexpr (!Config::kGeneral) {
+    blocks_to(std::min(task.whole_begin, task.block_end), std::false_type{});
+    blocks_to(std::min(task.whole_end, task.block_end) - 1, std::true_type{});
   }
+  blocks_to(task.block_end, std::false_type{});
 
   normalise<Config>(o, softmax, args, task, task.row0 + warp_row);
   write_output<Config>(o, q_smem, args, task, warp_row);

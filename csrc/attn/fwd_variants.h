@@ -25,24 +25,24 @@ struct FwdTile {
 
   constexpr int rows_per_warp() const { return block_q / warps; }
   constexpr int smem_bytes(int head_dim) const {
-    return (block_q + 2 * stages * block_kv) * head_dim * 2;
+    return (block_q + 2 * stages * block_kv) * (head_dim + 8) * 2;
   }
 };
 
 // The tiles fit 72 KB of shared memory (AMD: 64 KB), but for the plain one of head_dim 256 with many
 // rows: it needs 128 KB, and where there is less the general one takes its place.
 constexpr FwdTile fwd_tile(FwdVariant v, bool amd) {
-  const int block_kv = v.head_dim <= 128 ? 32 : 16;
-  if (amd) return {v.few_rows ? 16 : 64, block_kv, v.few_rows ? 1 : 4, 2, 1, v.head_dim <= 128};
+  const int block_kv = v.head_dim <= 128 ? 64 : 32;
+  if (amd) return {v.few_rows ? 16 : 64, block_kv, v.few_rows ? 1 : 4, 1, 1, v.head_dim <= 128};
   if (v.few_rows) return {16, 32, 1, 2, 6, v.head_dim <= 128};
-  if (v.general) return {64, block_kv, 4, 2, 2, v.head_dim <= 128};
+  if (v.general) return {64, block_kv, 4, 1, 2, v.head_dim <= 128};
   switch (v.head_dim) {
     case 32:
     case 64: return {128, 64, 4, 2, 3, false};
     case 96: return {128, 64, 4, 2, 2, false};
     case 128: return {128, 32, 4, 2, 2, false};
-    case 192: return {64, 32, 4, 2, 2, false};
-    default: return {128, 32, 8, 2, 1, false};
+    case 192: return {64, 64, 4, 1, 2, false};
+    default: return {64, 64, 4, 1, 2, false};
   }
 }
 

@@ -30,34 +30,42 @@ struct Chunks {
   static constexpr int kRowStep = kThreads / kWide;
   static constexpr int kSteps = kColSteps * ((kRows + kRowStep - 1) / kRowStep);
 
-  FX_DEVICE static Place at(int step) {
-    return {static_cast<int>(threadIdx.x / kWide) + step / kColSteps * kRowStep,
-            static_cast<int>(threadIdx.x % kWide + step % kColSteps * kWide) * 8};
-  }
+  FX_DEVICE static int row() { return static_cast<int>(threadIdx.x / kWide); }
+  FX_DEVICE static int col() { return static_cast<int>(threadIdx.x % kWide) * 8; }
+  FX_DEVICE static constexpr int row_of(int step) { return step / kColSteps * kRowStep; }
+  FX_DEVICE static constexpr int col_of(int step) { return step % kColSteps * kWide * 8; }
+  FX_DEVICE static Place at(int step) { return {row() + row_of(step), col() + col_of(step)}; }
 };
+
+// Starts to copy rows that lie `stride` apart, 16-byte aligned, into a tile. mine: this thread's
+// first chunk. Rows from `rows` (kWhole: none) and columns from `cols` on become zero and are not
+// read.
+template <int kThreads, bool kWhole, typename Tile, typename T>
+FX_DEVICE void load_rows(Tile dst, const T* mine, int64_t stride, int rows, int cols) {
+  using Mine = Chunks<kThreads, Tile::kRows, Tile::kCols / 8>;
+#pragma unroll
+  for (int step = 0; step < Mine::kSteps; ++step) {
+    const auto [row, col] = Mine::at(step);
+    if (Tile::kRows % Mine::kRowStep && row >= Tile::kRows) break;
+    copy_async(dst.at(row, col), mine + Mine::row_of(step) * stride + Mine::col_of(step),
+               (kWhole || row < rows) && col < cols);
+  }
+}
 
 // Starts to copy the rows [row0, row0 + kRows) of a matrix into a tile; rows from `rows` and columns
 // from `cols` on, which are not there, become zero and are not read. address(row) is where a row
 // starts. in_chunks: every row is aligned to 16 bytes; kInChunks: that is known.
-template <int kThreads, bool kInChunks, typename T, int kRows, int kCols, typename Address>
-FX_DEVICE void load_tile(SharedTile<T, kRows, kCols> dst, Address address, int row0, int rows,
-                         int cols, bool in_chunks) {
-  constexpr int kChunks = kCols / 8;
-  using Mine = Chunks<kThreads, kRows, kChunks>;
-  if ((kInChunks || in_chunks) && row0 + kRows <= rows && cols % 8 == 0) {  // nearly every tile
+template <int kThreads, bool kInChunks, typename Tile, typename Address>
+FX_DEVICE void load_tile(Tile dst, Address address, int row0, int rows, int cols, bool in_chunks) {
+  constexpr int kRows = Tile::kRows, kChunks = Tile::kCols / 8;
+  if (kInChunks || in_chunks) {
+    using Mine = Chunks<kThreads, kRows, kChunks>;
 #pragma unroll
     for (int step = 0; step < Mine::kSteps; ++step) {
       const auto [row, col] = Mine::at(step);
       if (kRows % Mine::kRowStep && row >= kRows) break;
-      copy_async(dst.at(row, col), address(row0 + row) + col, col < cols);
-    }
-  } else if (kInChunks || in_chunks) {
-#pragma unroll
-    for (int step = 0; step < Mine::kSteps; ++step) {
-      const auto [row, col] = Mine::at(step);
-      if (kRows % Mine::kRowStep && row >= kRows) break;
-      const int count = row0 + row < rows ? std::clamp(cols - col, 0, 8) : 0;
-      copy_async(dst.at(row, col), address(row0 + row) + col, 2 * count);
+      const bool there = row0 + row < rows && col < cols;
+      copy_async(dst.at(row, col), address(row0 + row) + col, there);
     }
   } else {
 #pragma unroll 1
@@ -70,15 +78,15 @@ FX_DEVICE void load_tile(SharedTile<T, kRows, kCols> dst, Address address, int r
 }
 
 // The other way round.
-template <int kThreads, bool kInChunks, typename T, int kRows, int kCols, typename Address>
-FX_DEVICE void store_tile(SharedTile<T, kRows, kCols> src, Address address, int row0, int rows,
-                          int cols, bool in_chunks) {
-  constexpr int kChunks = kCols / 8;
+template <int kThreads, bool kInChunks, typename Tile, typename Address>
+FX_DEVICE void store_tile(Tile src, Address address, int row0, int rows, int cols,
+                          bool in_chunks) {
+  constexpr int kRows = Tile::kRows, kChunks = Tile::kCols / 8;
 #pragma unroll(kInChunks ? 4 : 1)
   for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
     const int row = i / kChunks, col = i % kChunks * 8;
     if (row0 + row >= rows || col >= cols) continue;
-    T* dst = address(row0 + row) + col;
+    auto* dst = address(row0 + row) + col;
     if (kInChunks || in_chunks) {
       *reinterpret_cast<uint4*>(dst) = *reinterpret_cast<const uint4*>(src.at(row, col));
     } else {

@@ -26,15 +26,14 @@ struct OnlineSoftmax {
     s.for_each([&](float& x, int m, int r, int) { top.v[m][r] = fmaxf(top.v[m][r], x); });
     bool grown = false;
     top.for_each([&](float& x, int m, int r) {
-      x *= scale;
-      grown |= x > reference.v[m][r] + kSlack;
+      grown |= fmaf(x, scale, -reference.v[m][r]) > kSlack;
     });
     if (!any_lane(grown)) return;
 
     top.reduce_lanes([](float a, float b) { return fmaxf(a, b); });
     RowVec<T, kRows> decay;
     reference.for_each([&](float& old, int m, int r) {
-      const float now = fmaxf(old, top.v[m][r]);
+      const float now = fmaxf(old, top.v[m][r] * scale);
       decay.v[m][r] = fast_exp2(old - now);
       sum.v[m][r] *= decay.v[m][r];
       old = now;

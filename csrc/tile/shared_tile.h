@@ -6,8 +6,9 @@ namespace flash_ext {
 // A [kRows, kCols] tile of 16-bit values in shared memory, row-major. The 16-byte chunks of a row
 // are XOR-swizzled by the row, so that eight neighbouring rows read at one column touch eight
 // different groups of banks, whatever the width.
-template <typename T, int kRows, int kCols>
+template <typename T, int kRowCount, int kColCount>
 struct SharedTile {
+  static constexpr int kRows = kRowCount, kCols = kColCount;
   static_assert(sizeof(T) == 2 && kCols % 16 == 0);
   static constexpr int kChunks = kCols / 8;
   T* data;
@@ -27,6 +28,21 @@ struct SharedTile {
   // already apart from each other; the XOR moves the others.
   static constexpr unsigned kLowBit = kChunks & -kChunks, kSpread = kLowBit < 8 ? kLowBit : 8;
   FX_DEVICE static unsigned swizzle(unsigned row) { return row / (8 / kSpread) % kSpread; }
+};
+
+// The same with 16 bytes between the rows, an odd number of chunks apart, instead of the swizzle:
+// more memory, but all places of a lane are one register and constants.
+template <typename T, int kRowCount, int kColCount>
+struct PaddedTile {
+  static constexpr int kRows = kRowCount, kCols = kColCount;
+  static_assert(sizeof(T) == 2 && kCols % 16 == 0);
+  static constexpr int kStride = kCols + 8, kSize = kRows * kStride;
+  T* data;
+
+  FX_DEVICE T* at(unsigned row, unsigned col) const { return data + offset(0, 0, row, col); }
+  FX_DEVICE static unsigned offset(unsigned row0, unsigned col0, unsigned row, unsigned col) {
+    return row * kStride + col + (row0 * kStride + col0);
+  }
 };
 
 }  // namespace flash_ext
