@@ -185,11 +185,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   // Where everything is masked, -inf * scale must not be NaN: a scale of 0 is nearly 0.
   const float scale = Config::kGeneral ? 1.f : fmaxf(static_cast<float>(p.scale) * kLog2e, 1e-37f);
 
+  // The last rows of this warp see no keys from warp_end on.
+  const int warp_end =
+      (task.query(task.row0 + warp_row + Config::kRowsPerWarp - 1) + task.right) / kBlockKV + 1;
+
   // whole: every row sees all keys of these blocks, and none is missing in the one after them.
   const auto blocks_to = [&](int end, auto whole) {
     for (; block < end; ++block) {
       constexpr bool kWhole = decltype(whole)::value;
       const bool more = kWhole || block + 1 < task.block_end;
+      const bool seen = kWhole || block < warp_end;
       copy_wait<0>();
       __syncthreads();  // this block has arrived; nobody reads the one before any more
       if constexpr (kStages == 1) {
@@ -202,7 +207,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 
       typename Config::Scores s;
       s.clear();
-      mma_abt<Config::kHeadDim>(s, q, k_smem(block));  // s = q k^T
+      if (seen) mma_abt<Config::kHeadDim>(s, q, k_smem(block));  // s = q k^T
 
       if constexpr (kStages == 1) {
         copy_wait<0>();
@@ -210,6 +215,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         if (more) keys.template load<kWhole>(k_smem(block + 1));
         copy_commit();
       }
+      if (!seen) continue;
       const int row0 = task.row0 + warp_row, kv0 = block * kBlockKV;
       if constexpr (Config::kGeneral) apply_options(s, p, task, row0, kv0);
       if constexpr (!kWhole)
