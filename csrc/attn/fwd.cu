@@ -40,7 +40,7 @@ int choose_splits(const FwdVariant& v, const FwdTile& tile, int64_t tiles, int64
   if (tiles >= 2 * slots) return 1;
   const double flops = 4.0 * tile.block_q * tile.block_kv * v.head_dim;
   const double bytes = 4.0 * tile.block_kv * v.head_dim;
-  const double compute = v.few_rows ? kFewRowsBlock : flops / kFlopsOfSlot;
+  const double compute = v.rows == FwdRows::few ? kFewRowsBlock : flops / kFlopsOfSlot;
   int best = 1;
   double best_time = 0;
   for (int splits = 1; splits <= std::min<int64_t>(kMostSplits, blocks_kv); ++splits) {
@@ -87,18 +87,17 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   FX_CHECK(p.seq_q * group < kMostRows && p.seq_kv < kMostRows,
            "q, k: expected sequences below 2^29 rows");
 
-  FwdPlan plan{{p.dtype, *head_dim, false, needs_general(p)}, {p}};
+  FwdPlan plan{{p.dtype, *head_dim, FwdRows::many, needs_general(p)}, {p}};
   FwdArgs& args = plan.args;
   const bool shares_kv = group > 1;
-  const auto tile_holds_all = [&](FwdVariant v) {
-    return p.seq_q * group <= fwd_tile(v, kAmd).block_q;
-  };
-  plan.variant.few_rows = tile_holds_all({p.dtype, *head_dim, true, false});
-  if (!plan.variant.few_rows && tile_holds_all({p.dtype, *head_dim, false, true}))
-    plan.variant.general = true;  // its tile is smaller
+  for (const FwdRows rows : {FwdRows::some, FwdRows::few}) {
+    const FwdVariant v{p.dtype, *head_dim, rows, plan.variant.general};
+    if (rows == FwdRows::some && v.general) continue;
+    if (p.seq_q * group <= fwd_tile(v, kAmd).block_q) plan.variant = v;
+  }
   FwdTile tile = fwd_tile(plan.variant, kAmd);
   if (tile.smem_bytes(*head_dim) > gpu.smem_per_block) {
-    plan.variant.general = true;
+    plan.variant = {p.dtype, *head_dim, FwdRows::many, true};
     tile = fwd_tile(plan.variant, kAmd);
   }
   const int64_t packed = ceil_div(p.seq_q * group, tile.block_q);
@@ -121,18 +120,19 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   const int64_t slots = int64_t{gpu.multiprocessors} * tile.blocks_per_sm;
   args.partial_rows =
       p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;
+  args.partial_cols = static_cast<int>(ceil_div(p.head_dim_v, 4) * 4);
   args.splits = choose_splits(plan.variant, tile, args.heads * args.blocks_q, slots,
                               ceil_div(seen, tile.block_kv), args.partial_rows * p.head_dim_v);
   return plan;
 }
 
 int64_t FwdPlan::scratch_floats() const {
-  return args.splits == 1 ? 0 : args.splits * args.partial_rows * (args.params.head_dim_v + 1);
+  return args.splits == 1 ? 0 : args.splits * args.partial_rows * (args.partial_cols + 1);
 }
 
 void FwdPlan::use_scratch(float* scratch) {
   args.o_partial = scratch;
-  args.lse_partial = scratch + args.splits * args.partial_rows * args.params.head_dim_v;
+  args.lse_partial = scratch + args.splits * args.partial_rows * args.partial_cols;
 }
 
 void launch_fwd(const FwdPlan& plan, const GpuFacts& gpu, void* stream) {

@@ -19,6 +19,8 @@ struct FwdConfig {
   static constexpr int kBlockQ = kTile.block_q, kBlockKV = kTile.block_kv;
   static constexpr int kStages = kTile.stages, kRowsPerWarp = kTile.rows_per_warp();
   static constexpr int kThreads = kTile.warps * kWarpSize;  // device code only
+  // Blocks without a mask get a loop of their own, without its tests.
+  static constexpr bool kWholeApart = !kVariant.general && kVariant.rows == FwdRows::many;
   // AMD's compilers read the second number of __launch_bounds__ as something else.
   static constexpr int kBlocksPerSm = kAmd ? 1 : kTile.blocks_per_sm;
 
@@ -26,7 +28,6 @@ struct FwdConfig {
   using KvTile = PaddedTile<T, kBlockKV, kHeadDim>;
   using Scores = AccTile<T, kRowsPerWarp, kBlockKV>;
   using Output = AccTile<T, kRowsPerWarp, kHeadDim>;
-  using Weights = OperandTile<T, kRowsPerWarp, kBlockKV>;
   using Softmax = OnlineSoftmax<T, kRowsPerWarp>;
   using QOperand = std::conditional_t<kTile.q_in_regs, OperandTile<T, kRowsPerWarp, kHeadDim>,
                                       SharedOperand<T, QTile>>;
@@ -123,7 +124,7 @@ FX_DEVICE void write_output(typename Config::Output& o, typename Config::QTile q
     out.for_each([&](float*& x, int m, int r) {
       const int row = task.row0 + warp_row + o.row(m, r);
       const int64_t at = task.split * args.partial_rows + task.lse_offset(p, row);
-      x = row < task.rows ? args.o_partial + at * head_dim : nullptr;
+      x = row < task.rows ? args.o_partial + at * args.partial_cols : nullptr;
     });
     o.for_each([&](float& x, int m, int r, int col) {
       if (out.v[m][r] && col < head_dim) out.v[m][r][col] = x;
@@ -144,6 +145,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     attn_fwd_kernel(const FwdArgs args) {
   using T = typename Config::T;
   constexpr int kStages = Config::kStages, kBlockKV = Config::kBlockKV;
+  constexpr int kAhead = kStages - 1;  // blocks that are loaded before they are wanted
+  constexpr int kNewest = std::max(kAhead - 1, 0);  // of them, need not have arrived
   const AttnParams& p = args.params;
   const FwdTask task = fwd_task<Config::kBlockQ, kBlockKV>(args);
   if (task.row0 >= task.rows) return;  // this sequence is shorter than the longest
@@ -161,19 +164,26 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   };
   KvLoader<Config> keys(p.k, task, p.head_dim), values(p.v, task, p.head_dim_v);
 
-  int block = task.block_begin;
   load_tile<Config::kThreads, !Config::kGeneral>(
       q_smem, [&](int row) { return static_cast<const T*>(p.q.data) + task.offset(p.q, row); },
       task.row0, task.rows, static_cast<int>(p.head_dim), in_chunks(p.q, p.head_dim));
-  if (block < task.block_end) {
-    keys.template load<false>(k_smem(block));
-    if constexpr (kStages == 2) values.template load<false>(v_smem(block));
+  int block = task.block_begin;
+  if constexpr (kAhead == 0) {
+    if (block < task.block_end) keys.template load<false>(k_smem(block));
+    copy_commit();
   }
-  copy_commit();
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    if (block + i < task.block_end) {
+      keys.template load<false>(k_smem(block + i));
+      values.template load<false>(v_smem(block + i));
+    }
+    copy_commit();
+  }
 
   typename Config::QOperand q;
   if constexpr (Config::kTile.q_in_regs) {
-    copy_wait<0>();
+    copy_wait<kNewest>();
     __syncthreads();  // q has arrived
     q.load(q_smem, warp_row);
   } else {
@@ -184,38 +194,38 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   typename Config::Softmax softmax;
   // Where everything is masked, -inf * scale must not be NaN: a scale of 0 is nearly 0.
   const float scale = Config::kGeneral ? 1.f : fmaxf(static_cast<float>(p.scale) * kLog2e, 1e-37f);
-
   // The last rows of this warp see no keys from warp_end on.
   const int warp_end =
       (task.query(task.row0 + warp_row + Config::kRowsPerWarp - 1) + task.right) / kBlockKV + 1;
 
-  // whole: every row sees all keys of these blocks, and none is missing in the one after them.
+  // whole: every row sees all keys of these blocks, and nothing is missing in those loaded meanwhile.
   const auto blocks_to = [&](int end, auto whole) {
+    constexpr bool kWhole = decltype(whole)::value;
     for (; block < end; ++block) {
-      constexpr bool kWhole = decltype(whole)::value;
-      const bool more = kWhole || block + 1 < task.block_end;
+      const int next = block + std::max(kAhead, 1);  // what is loaded meanwhile
       const bool seen = kWhole || block < warp_end;
-      copy_wait<0>();
+      copy_wait<kNewest>();
       __syncthreads();  // this block has arrived; nobody reads the one before any more
-      if constexpr (kStages == 1) {
+      if constexpr (kAhead == 0) {
         values.template load<kWhole>(v_smem(block));
-      } else if (more) {
-        keys.template load<kWhole>(k_smem(block + 1));
-        values.template load<kWhole>(v_smem(block + 1));
+        copy_commit();
       }
-      copy_commit();
 
       typename Config::Scores s;
       s.clear();
       if (seen) mma_abt<Config::kHeadDim>(s, q, k_smem(block));  // s = q k^T
 
-      if constexpr (kStages == 1) {
+      if constexpr (kAhead == 0) {
         copy_wait<0>();
         __syncthreads();  // v has arrived; nobody reads k any more
-        if (more) keys.template load<kWhole>(k_smem(block + 1));
-        copy_commit();
       }
+      if (kWhole || next < task.block_end) {  // after the product, which would wait for its issue
+        keys.template load<kWhole>(k_smem(next));
+        if constexpr (kAhead > 0) values.template load<kWhole>(v_smem(next));
+      }
+      copy_commit();
       if (!seen) continue;
+
       const int row0 = task.row0 + warp_row, kv0 = block * kBlockKV;
       if constexpr (Config::kGeneral) apply_options(s, p, task, row0, kv0);
       if constexpr (!kWhole)
@@ -224,14 +234,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       softmax.weigh(s, scale);
       if constexpr (Config::kGeneral)
         if (p.dropout_threshold) apply_dropout(s, p, task, row0, kv0);
-      typename Config::Weights weights;
-      weights.round(s);
-      mma_ab<kBlockKV>(o, weights, v_smem(block));  // o += p v
+      mma_ab(o, s, v_smem(block));  // o += p v
     }
   };
-  if constexpr (!Config::kGeneral) {
+  if constexpr (Config::kWholeApart) {
     blocks_to(std::min(task.whole_begin, task.block_end), std::false_type{});
-    blocks_to(std::min(task.whole_end, task.block_end) - 1, std::true_type{});
+    blocks_to(std::min(task.whole_end, task.block_end) - std::max(kAhead, 1), std::true_type{});
   }
   blocks_to(task.block_end, std::false_type{});
 

@@ -23,11 +23,15 @@ void launch_fwd(const FwdArgs& args, const GpuFacts& gpu, void* stream) {
 // Compiles the variants of this dtype and head_dim, and finds one of them.
 template <DType kDType, int kHeadDim>
 FwdLauncher find_fwd(FwdVariant want) {
-  if (want.few_rows)
-    return want.general ? launch_fwd<FwdVariant{kDType, kHeadDim, true, true}>
-                        : launch_fwd<FwdVariant{kDType, kHeadDim, true, false}>;
-  return want.general ? launch_fwd<FwdVariant{kDType, kHeadDim, false, true}>
-                      : launch_fwd<FwdVariant{kDType, kHeadDim, false, false}>;
+  switch (want.rows) {
+    case FwdRows::few:
+      return want.general ? launch_fwd<FwdVariant{kDType, kHeadDim, FwdRows::few, true}>
+                          : launch_fwd<FwdVariant{kDType, kHeadDim, FwdRows::few, false}>;
+    case FwdRows::some: return launch_fwd<FwdVariant{kDType, kHeadDim, FwdRows::some, false}>;
+    default:
+      return want.general ? launch_fwd<FwdVariant{kDType, kHeadDim, FwdRows::many, true}>
+                          : launch_fwd<FwdVariant{kDType, kHeadDim, FwdRows::many, false}>;
+  }
 }
 
 }  // namespace flash_ext

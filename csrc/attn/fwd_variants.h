@@ -7,10 +7,13 @@ namespace flash_ext {
 inline constexpr int kFwdHeadDims[] = {32,  64,  96,
                                        128, 192, 256};  // others are filled up with zeros
 
+// few, some: one tile holds all queries that share a KV head.
+enum class FwdRows { few, some, many };
+
 struct FwdVariant {
   DType dtype;
-  int head_dim;   // one of kFwdHeadDims, not below that of q nor of v
-  bool few_rows;  // one tile holds all queries that share a KV head
+  int head_dim;  // one of kFwdHeadDims, not below that of q nor of v
+  FwdRows rows;  // not `some` where general
   // Knows mask tensors, softcap, ALiBi, dropout, and rows that cannot be read 16 bytes at a time.
   // The others know what is left: causal, windows, sinks, packed sequences, any other strides.
   bool general;
@@ -19,7 +22,7 @@ struct FwdVariant {
 
 struct FwdTile {
   int block_q, block_kv, warps;
-  int stages;         // 1: V is loaded during q k^T, the next K during p v; 2: a block ahead
+  int stages;         // blocks of keys in memory; 1: V is loaded during q k^T, the next K during p v
   int blocks_per_sm;  // that the registers must leave room for
   bool q_in_regs;     // else q is read from shared memory again for each block of keys
 
@@ -30,15 +33,17 @@ struct FwdTile {
 };
 
 // The tiles fit 72 KB of shared memory (AMD: 64 KB), but for the plain one of head_dim 256 with many
-// rows: it needs 128 KB, and where there is less the general one takes its place.
+// rows: it needs 101 KB, and where there is less the general one takes its place.
 constexpr FwdTile fwd_tile(FwdVariant v, bool amd) {
-  const int block_kv = v.head_dim <= 128 ? 64 : 32;
-  if (amd) return {v.few_rows ? 16 : 64, block_kv, v.few_rows ? 1 : 4, 1, 1, v.head_dim <= 128};
-  if (v.few_rows) return {16, 32, 1, 2, 6, v.head_dim <= 128};
-  if (v.general) return {64, block_kv, 4, 1, 2, v.head_dim <= 128};
+  const bool few = v.rows == FwdRows::few, small = v.head_dim <= 128;
+  if (amd)
+    return {few ? 16 : 64, small ? 64 : v.head_dim <= 192 ? 32 : 16, few ? 1 : 4, 1, 1, small};
+  if (few) return {16, 32, 1, 2, 5, small};
+  if (v.general) return {64, small ? 64 : 32, 4, 1, 2, small};
+  if (v.rows == FwdRows::some) return {64, 32, 4, 2, small ? 3 : 2, small};
   switch (v.head_dim) {
-    case 32:
-    case 64: return {128, 64, 4, 2, 3, false};
+    case 32: return {128, 64, 4, 2, 3, false};
+    case 64:
     case 96: return {128, 64, 4, 2, 2, false};
     case 128: return {128, 32, 4, 2, 2, false};
     case 192: return {64, 64, 4, 1, 2, false};

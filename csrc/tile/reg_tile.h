@@ -93,13 +93,6 @@ struct OperandTile {
       for (int k = 0; k < kCols / kAtom; ++k)
         atom[m][k] = Atom::load_a(t, row0 + m * kAtom, k * kAtom);
   }
-  // Rounds an accumulator to T.
-  FX_DEVICE void round(const AccTile<T, kRows, kCols>& acc) {
-#pragma unroll
-    for (int m = 0; m < kRows / kAtom; ++m)
-#pragma unroll
-      for (int k = 0; k < kCols / kAtom; ++k) atom[m][k] = Atom::to_operand(acc.atom[m][k]);
-  }
   FX_DEVICE typename Atom::A get(int m, int k) const { return atom[m][k]; }
 };
 
@@ -149,11 +142,11 @@ FX_DEVICE void mma_abt(AccTile<T, kM, kN>& c, const Operand& a, const Tile& b) {
       [&](int n, int k) { return MmaAtom<T>::load_b(b, n * kAtom, k * kAtom); });
 }
 
-// c[m, n] += a[m, k] * b[k, n] likewise.
-template <int kK, typename T, int kM, int kN, typename Operand, typename Tile>
-FX_DEVICE void mma_ab(AccTile<T, kM, kN>& c, const Operand& a, const Tile& b) {
+// c[m, n] += a[m, k] * b[k, n]; a an accumulator, rounded to T; b in shared memory.
+template <typename T, int kM, int kN, int kK, typename Tile>
+FX_DEVICE void mma_ab(AccTile<T, kM, kN>& c, const AccTile<T, kM, kK>& a, const Tile& b) {
   mma_steps<kK / kAtom>(
-      c, [&](int m, int k) { return a.get(m, k); },
+      c, [&](int m, int k) { return MmaAtom<T>::to_operand(a.atom[m][k]); },
       [&](int n, int k) { return MmaAtom<T>::load_b_transposed(b, n * kAtom, k * kAtom); });
 }
 
