@@ -10,6 +10,12 @@
 
 namespace flash_ext {
 
+// Of the variants without mask tensors.
+struct NoMask {
+  FX_DEVICE NoMask(const AttnParams&, const FwdTask&, int) {}
+  FX_DEVICE void fetch(int) const {}
+};
+
 template <FwdVariant kVariant>
 struct FwdConfig {
   using T = std::conditional_t<kVariant.dtype == DType::f16, half_t, bf16_t>;
@@ -29,40 +35,42 @@ struct FwdConfig {
   using Scores = AccTile<T, kRowsPerWarp, kBlockKV>;
   using Output = AccTile<T, kRowsPerWarp, kHeadDim>;
   using Softmax = OnlineSoftmax<T, kRowsPerWarp>;
+  using Mask = std::conditional_t<kGeneral, MaskBlock<T, kRowsPerWarp, kBlockKV>, NoMask>;
   using QOperand = std::conditional_t<kTile.q_in_regs, OperandTile<T, kRowsPerWarp, kHeadDim>,
                                       SharedOperand<T, QTile>>;
 };
 
-FX_DEVICE bool in_chunks(const TensorView& t, int64_t cols) {
+FX_DEVICE bool in_chunks(const TensorView& t) {
   return (reinterpret_cast<uintptr_t>(t.data) % 16 |
-          (t.batch_stride | t.head_stride | t.seq_stride | cols) % 8) == 0;
+          (t.batch_stride | t.head_stride | t.seq_stride) % 8) == 0;
 }
 
 // Copies one KV head's keys or values, a block after the other.
 template <typename Config>
 struct KvLoader {
   using T = typename Config::T;
-  using Mine = Chunks<Config::kThreads, Config::kBlockKV, Config::kHeadDim / 8>;
-  const T* next;  // what the next block starts with, for this thread
+  const T* next;  // where the next block starts; with chunks: this thread's first one
   int64_t stride;
-  int rows, cols;  // from there on
-  bool chunks;
+  int rows, cols;  // rows: from there on
+  bool chunks;     // 16 bytes at a time
 
   FX_DEVICE KvLoader(const TensorView& t, const FwdTask& task, int64_t cols)
       : next(static_cast<const T*>(t.data) + task.kv_offset(t) +
              task.block_begin * Config::kBlockKV * t.seq_stride),
         stride(t.seq_stride), rows(task.seq_kv - task.block_begin * Config::kBlockKV),
-        cols(static_cast<int>(cols)), chunks(in_chunks(t, cols)) {
-    if constexpr (!Config::kGeneral) next += Mine::row() * stride + Mine::col();
+        cols(static_cast<int>(cols)), chunks(!Config::kGeneral || (in_chunks(t) && cols % 8 == 0)) {
+    using Mine = Chunks<Config::kThreads, Config::kBlockKV, Config::kHeadDim / 8>;
+    if (chunks) next += Mine::row() * stride + Mine::col();
   }
 
   // kWhole: all rows of this block are there.
   template <bool kWhole>
   FX_DEVICE void load(typename Config::KvTile dst) {
-    if constexpr (Config::kGeneral)
+    if (chunks)
+      load_rows<Config::kThreads, kWhole>(dst, next, stride, rows, cols);
+    else
       load_tile<Config::kThreads, false>(
-          dst, [&](int row) { return next + row * stride; }, 0, rows, cols, chunks);
-    else load_rows<Config::kThreads, kWhole>(dst, next, stride, rows, cols);
+          dst, [&](int row) { return next + row * stride; }, 0, rows, cols, false);
     next += Config::kBlockKV * stride;
     rows -= Config::kBlockKV;
   }
@@ -137,7 +145,7 @@ FX_DEVICE void write_output(typename Config::Output& o, typename Config::QTile q
   __syncthreads();  // the whole tile is there
   store_tile<Config::kThreads, !Config::kGeneral>(
       q_smem, [&](int row) { return static_cast<T*>(p.o.data) + task.offset(p.o, row); }, task.row0,
-      task.rows, head_dim, in_chunks(p.o, head_dim));
+      task.rows, head_dim, in_chunks(p.o) && head_dim % 8 == 0);
 }
 
 template <typename Config>
@@ -166,7 +174,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 
   load_tile<Config::kThreads, !Config::kGeneral>(
       q_smem, [&](int row) { return static_cast<const T*>(p.q.data) + task.offset(p.q, row); },
-      task.row0, task.rows, static_cast<int>(p.head_dim), in_chunks(p.q, p.head_dim));
+      task.row0, task.rows, static_cast<int>(p.head_dim), in_chunks(p.q));
   int block = task.block_begin;
   if constexpr (kAhead == 0) {
     if (block < task.block_end) keys.template load<false>(k_smem(block));
@@ -192,8 +200,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   typename Config::Output o;
   o.clear();
   typename Config::Softmax softmax;
-  // Where everything is masked, -inf * scale must not be NaN: a scale of 0 is nearly 0.
-  const float scale = Config::kGeneral ? 1.f : fmaxf(static_cast<float>(p.scale) * kLog2e, 1e-37f);
+  // To scores to base 2. Where everything is masked, -inf * scale must not be NaN: a scale of 0 is
+  // nearly 0.
+  const float scale =
+      Config::kGeneral ? kLog2e : fmaxf(static_cast<float>(p.scale) * kLog2e, 1e-37f);
+  typename Config::Mask mask(p, task, task.row0 + warp_row);
   // The last rows of this warp see no keys from warp_end on.
   const int warp_end =
       (task.query(task.row0 + warp_row + Config::kRowsPerWarp - 1) + task.right) / kBlockKV + 1;
@@ -211,6 +222,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         copy_commit();
       }
 
+      const int row0 = task.row0 + warp_row, kv0 = block * kBlockKV;
+      if (seen && p.mask.data) mask.fetch(kv0);
       typename Config::Scores s;
       s.clear();
       if (seen) mma_abt<Config::kHeadDim>(s, q, k_smem(block));  // s = q k^T
@@ -226,8 +239,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       copy_commit();
       if (!seen) continue;
 
-      const int row0 = task.row0 + warp_row, kv0 = block * kBlockKV;
-      if constexpr (Config::kGeneral) apply_options(s, p, task, row0, kv0);
+      if constexpr (Config::kGeneral) {
+        apply_options(s, p, task, row0, kv0);
+        if (p.mask.data) mask.add_to(s, kv0);
+      }
       if constexpr (!kWhole)
         if (block < task.whole_begin || block >= task.whole_end) apply_band(s, task, row0, kv0);
       softmax.follow(s, o, scale);

@@ -58,7 +58,7 @@ FX_DEVICE void load_rows(Tile dst, const T* mine, int64_t stride, int rows, int 
 template <int kThreads, bool kInChunks, typename Tile, typename Address>
 FX_DEVICE void load_tile(Tile dst, Address address, int row0, int rows, int cols, bool in_chunks) {
   constexpr int kRows = Tile::kRows, kChunks = Tile::kCols / 8;
-  if (kInChunks || in_chunks) {
+  if ((kInChunks || in_chunks) && cols % 8 == 0) {
     using Mine = Chunks<kThreads, kRows, kChunks>;
 #pragma unroll
     for (int step = 0; step < Mine::kSteps; ++step) {

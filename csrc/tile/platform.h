@@ -53,6 +53,17 @@ FX_DEVICE float fast_exp2(float x) {
 #endif
 }
 
+// 1 / x likewise.
+FX_DEVICE float fast_reciprocal(float x) {
+#if FX_AMD
+  return __builtin_amdgcn_rcpf(x);
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
 FX_DEVICE float to_float(float x) { return x; }
 FX_DEVICE float to_float(double x) { return static_cast<float>(x); }
 FX_DEVICE float to_float(half_t x) { return __half2float(x); }
