@@ -24,6 +24,8 @@ struct FwdConfig {
   static constexpr int kHeadDim = kVariant.head_dim;
   static constexpr int kBlockQ = kTile.block_q, kBlockKV = kTile.block_kv;
   static constexpr int kStages = kTile.stages, kRowsPerWarp = kTile.rows_per_warp();
+  static constexpr int kParts = kTile.parts;
+  static constexpr int kKeysPerWarp = kBlockKV / kParts, kColsPerWarp = kHeadDim / kParts;
   static constexpr int kThreads = kTile.warps * kWarpSize;  // device code only
   // Blocks without a mask get a loop of their own, without its tests.
   static constexpr bool kWholeApart = !kVariant.general && kVariant.rows == FwdRows::many;
@@ -32,10 +34,11 @@ struct FwdConfig {
 
   using QTile = PaddedTile<T, kBlockQ, kHeadDim>;
   using KvTile = PaddedTile<T, kBlockKV, kHeadDim>;
-  using Scores = AccTile<T, kRowsPerWarp, kBlockKV>;
-  using Output = AccTile<T, kRowsPerWarp, kHeadDim>;
+  using WeightTile = PaddedTile<T, kBlockQ, kBlockKV>;
+  using Scores = AccTile<T, kRowsPerWarp, kKeysPerWarp>;
+  using Output = AccTile<T, kRowsPerWarp, kColsPerWarp>;
   using Softmax = OnlineSoftmax<T, kRowsPerWarp>;
-  using Mask = std::conditional_t<kGeneral, MaskBlock<T, kRowsPerWarp, kBlockKV>, NoMask>;
+  using Mask = std::conditional_t<kGeneral, MaskBlock<T, kRowsPerWarp, kKeysPerWarp>, NoMask>;
   using QOperand = std::conditional_t<kTile.q_in_regs, OperandTile<T, kRowsPerWarp, kHeadDim>,
                                       SharedOperand<T, QTile>>;
 };
@@ -76,6 +79,76 @@ struct KvLoader {
   }
 };
 
+// Which rows, keys and columns are this warp's: the scores of its rows and, of each block, its keys;
+// then its columns of the output. The warps that share rows (FwdTile::parts) talk through memory.
+template <typename Config>
+struct WarpShare {
+  using T = typename Config::T;
+  using Rows = RowVec<T, Config::kRowsPerWarp>;
+  typename Config::WeightTile weights;  // of all keys of a block
+  float* row_value;                     // [parts, block_q]
+  int part = static_cast<int>(warp_id()) % Config::kParts;
+  int row = static_cast<int>(warp_id()) / Config::kParts * Config::kRowsPerWarp;  // the first
+
+  FX_DEVICE typename Config::KvTile keys(typename Config::KvTile k) const {
+    return {k.at(part * Config::kKeysPerWarp, 0)};
+  }
+  FX_DEVICE typename Config::KvTile columns(typename Config::KvTile v) const {
+    return {v.at(0, part * Config::kColsPerWarp)};
+  }
+
+  // x, a value a row, becomes the same in all lanes and warps that share the row.
+  template <typename Op>
+  FX_DEVICE void reduce(Rows& x, Op op) const {
+    x.reduce_lanes(op);
+    if constexpr (Config::kParts > 1) {
+      const auto place = [&](int m, int r, int of) {
+        return row_value + of * Config::kBlockQ + row + Config::Output::row(m, r);
+      };
+      x.for_each([&](float& y, int m, int r) { *place(m, r, part) = y; });
+      __syncthreads();  // all values are there
+      x.for_each([&](float& y, int m, int r) {
+        for (int of = 1; of < Config::kParts; ++of)
+          y = op(y, *place(m, r, (part + of) % Config::kParts));
+      });
+      __syncthreads();  // they have been read
+    }
+  }
+
+  // What the weights of s, this warp's scores, add to o, where several warps share rows. Their
+  // common reference cannot follow the maximum before the weights are known to be too large.
+  // `meanwhile` runs when nobody reads k any more.
+  template <typename F>
+  FX_DEVICE void add_products(typename Config::Output& o, typename Config::Scores& s,
+                              typename Config::Softmax& softmax, typename Config::KvTile v,
+                              float scale, F meanwhile) const {
+    typename Config::WeightTile mine{weights.at(0, part * Config::kKeysPerWarp)};
+    const Rows before = softmax.sum;
+    const auto weigh = [&] {
+      typename Config::Scores weights = s;
+      softmax.weigh(weights, scale);
+      weights.store(mine, row);
+    };
+    weigh();
+    bool high = false;
+    softmax.sum.for_each([&](float& sum, int m, int r) {
+      high |= !(sum - before.v[m][r] <= Config::Softmax::kMostWeight);
+    });
+    copy_wait<0>();
+    if (__syncthreads_or(high)) {  // v and the weights are there; nobody reads k any more
+      Rows top = softmax.lane_top(s);
+      reduce(top, [](float a, float b) { return fmaxf(a, b); });
+      softmax.sum = before;
+      softmax.raise(top, o, scale);
+      weigh();
+      __syncthreads();  // the new weights are there
+    }
+    meanwhile();
+    mma_ab<Config::kBlockKV>(o, SharedOperand<T, typename Config::WeightTile>{weights, row},
+                             columns(v));
+  }
+};
+
 // Hides the keys that a row does not see.
 template <typename T, int kRows, int kCols>
 FX_DEVICE void apply_band(AccTile<T, kRows, kCols>& s, const FwdTask& task, int row0, int kv0) {
@@ -94,12 +167,12 @@ FX_DEVICE void apply_band(AccTile<T, kRows, kCols>& s, const FwdTask& task, int 
 // several blocks are merged later.
 template <typename Config>
 FX_DEVICE void normalise(typename Config::Output& o, typename Config::Softmax& softmax,
-                         const FwdArgs& args, const FwdTask& task, int row0) {
+                         const FwdArgs& args, const FwdTask& task, const WarpShare<Config>& warp) {
   const AttnParams& p = args.params;
-  softmax.sum.reduce_lanes([](float a, float b) { return a + b; });
+  warp.reduce(softmax.sum, [](float a, float b) { return a + b; });
   RowVec<typename Config::T, Config::kRowsPerWarp> factor;
   factor.for_each([&](float& x, int m, int r) {
-    const int row = row0 + o.row(m, r);
+    const int row = task.row0 + warp.row + o.row(m, r);
     float top = softmax.reference.v[m][r], sum = softmax.sum.v[m][r];
     x = 1.f;
     if (p.sinks && args.splits == 1 && row < task.rows) {
@@ -111,7 +184,7 @@ FX_DEVICE void normalise(typename Config::Output& o, typename Config::Softmax& s
     }
     x = sum == 0.f ? 0.f : x / sum;
     if constexpr (Config::kGeneral) x *= 65536.f / (65536.f - p.dropout_threshold);
-    if (row >= task.rows || !o.speaks_for_row()) return;
+    if (row >= task.rows || !o.speaks_for_row() || warp.part > 0) return;
     const float lse = sum == 0.f ? -INFINITY : top + log2f(sum);
     const int64_t at = task.lse_offset(p, row);
     if (args.splits == 1) static_cast<float*>(p.lse)[at] = lse * kLn2;
@@ -123,25 +196,26 @@ FX_DEVICE void normalise(typename Config::Output& o, typename Config::Softmax& s
 // Writes o, in the tensors' dtype through q_smem, or in float32 for combine.cu.
 template <typename Config>
 FX_DEVICE void write_output(typename Config::Output& o, typename Config::QTile q_smem,
-                            const FwdArgs& args, const FwdTask& task, int warp_row) {
+                            const FwdArgs& args, const FwdTask& task,
+                            const WarpShare<Config>& warp) {
   using T = typename Config::T;
   const AttnParams& p = args.params;
-  const int head_dim = static_cast<int>(p.head_dim_v);
+  const int head_dim = static_cast<int>(p.head_dim_v), col0 = warp.part * Config::kColsPerWarp;
   if (args.splits > 1) {
     RowVec<T, Config::kRowsPerWarp, float*> out;  // null: no such row
     out.for_each([&](float*& x, int m, int r) {
-      const int row = task.row0 + warp_row + o.row(m, r);
+      const int row = task.row0 + warp.row + o.row(m, r);
       const int64_t at = task.split * args.partial_rows + task.lse_offset(p, row);
-      x = row < task.rows ? args.o_partial + at * args.partial_cols : nullptr;
+      x = row < task.rows ? args.o_partial + at * args.partial_cols + col0 : nullptr;
     });
     o.for_each([&](float& x, int m, int r, int col) {
-      if (out.v[m][r] && col < head_dim) out.v[m][r][col] = x;
+      if (out.v[m][r] && col0 + col < head_dim) out.v[m][r][col] = x;
     });
     return;
   }
   copy_wait<0>();   // q has arrived, also where there was no block of keys to wait for it
   __syncthreads();  // nobody reads q any more
-  o.store(q_smem, warp_row);
+  o.store(typename Config::QTile{q_smem.at(0, col0)}, warp.row);
   __syncthreads();  // the whole tile is there
   store_tile<Config::kThreads, !Config::kGeneral>(
       q_smem, [&](int row) { return static_cast<T*>(p.o.data) + task.offset(p.o, row); }, task.row0,
@@ -155,10 +229,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   constexpr int kStages = Config::kStages, kBlockKV = Config::kBlockKV;
   constexpr int kAhead = kStages - 1;  // blocks that are loaded before they are wanted
   constexpr int kNewest = std::max(kAhead - 1, 0);  // of them, need not have arrived
+  constexpr bool kShared = Config::kParts > 1;
+  static_assert(!kShared || (kAhead == 0 && !Config::kGeneral));
   const AttnParams& p = args.params;
   const FwdTask task = fwd_task<Config::kBlockQ, kBlockKV>(args);
   if (task.row0 >= task.rows) return;  // this sequence is shorter than the longest
-  const int warp_row = warp_id() * Config::kRowsPerWarp;
 
   extern __shared__ __align__(128) unsigned char smem[];
   const typename Config::QTile q_smem{reinterpret_cast<T*>(smem)};
@@ -170,6 +245,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const auto v_smem = [&](unsigned block) {
     return typename Config::KvTile{k_ring + (kStages + block % kStages) * kKvSize};
   };
+  T* const after_ring = k_ring + 2 * kStages * kKvSize;
+  const WarpShare<Config> warp{
+      {after_ring}, reinterpret_cast<float*>(after_ring + Config::WeightTile::kSize)};
   KvLoader<Config> keys(p.k, task, p.head_dim), values(p.v, task, p.head_dim_v);
 
   load_tile<Config::kThreads, !Config::kGeneral>(
@@ -193,9 +271,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   if constexpr (Config::kTile.q_in_regs) {
     copy_wait<kNewest>();
     __syncthreads();  // q has arrived
-    q.load(q_smem, warp_row);
+    q.load(q_smem, warp.row);
   } else {
-    q = {q_smem, warp_row};
+    q = {q_smem, warp.row};
   }
   typename Config::Output o;
   o.clear();
@@ -204,17 +282,18 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   // nearly 0.
   const float scale =
       Config::kGeneral ? kLog2e : fmaxf(static_cast<float>(p.scale) * kLog2e, 1e-37f);
-  typename Config::Mask mask(p, task, task.row0 + warp_row);
+  const int row0 = task.row0 + warp.row;
+  typename Config::Mask mask(p, task, row0);
   // The last rows of this warp see no keys from warp_end on.
   const int warp_end =
-      (task.query(task.row0 + warp_row + Config::kRowsPerWarp - 1) + task.right) / kBlockKV + 1;
+      (task.query(row0 + Config::kRowsPerWarp - 1) + task.right) / kBlockKV + 1;
 
   // whole: every row sees all keys of these blocks, and nothing is missing in those loaded meanwhile.
   const auto blocks_to = [&](int end, auto whole) {
     constexpr bool kWhole = decltype(whole)::value;
     for (; block < end; ++block) {
       const int next = block + std::max(kAhead, 1);  // what is loaded meanwhile
-      const bool seen = kWhole || block < warp_end;
+      const bool seen = kWhole || kShared || block < warp_end;
       copy_wait<kNewest>();
       __syncthreads();  // this block has arrived; nobody reads the one before any more
       if constexpr (kAhead == 0) {
@@ -222,21 +301,24 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         copy_commit();
       }
 
-      const int row0 = task.row0 + warp_row, kv0 = block * kBlockKV;
+      const int kv0 = block * kBlockKV + warp.part * Config::kKeysPerWarp;
       if (seen && p.mask.data) mask.fetch(kv0);
       typename Config::Scores s;
       s.clear();
-      if (seen) mma_abt<Config::kHeadDim>(s, q, k_smem(block));  // s = q k^T
+      if (seen) mma_abt<Config::kHeadDim>(s, q, warp.keys(k_smem(block)));  // s = q k^T
 
-      if constexpr (kAhead == 0) {
+      const auto load_next = [&] {
+        if (kWhole || next < task.block_end) {
+          keys.template load<kWhole>(k_smem(next));
+          if constexpr (kAhead > 0) values.template load<kWhole>(v_smem(next));
+        }
+        copy_commit();
+      };
+      if constexpr (kAhead == 0 && !kShared) {
         copy_wait<0>();
         __syncthreads();  // v has arrived; nobody reads k any more
       }
-      if (kWhole || next < task.block_end) {  // after the product, which would wait for its issue
-        keys.template load<kWhole>(k_smem(next));
-        if constexpr (kAhead > 0) values.template load<kWhole>(v_smem(next));
-      }
-      copy_commit();
+      if constexpr (!kShared) load_next();  // not before the product, which would wait for its issue
       if (!seen) continue;
 
       if constexpr (Config::kGeneral) {
@@ -245,11 +327,15 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       }
       if constexpr (!kWhole)
         if (block < task.whole_begin || block >= task.whole_end) apply_band(s, task, row0, kv0);
-      softmax.follow(s, o, scale);
-      softmax.weigh(s, scale);
-      if constexpr (Config::kGeneral)
-        if (p.dropout_threshold) apply_dropout(s, p, task, row0, kv0);
-      mma_ab(o, s, v_smem(block));  // o += p v
+      if constexpr (kShared) {
+        warp.add_products(o, s, softmax, v_smem(block), scale, load_next);
+      } else {
+        softmax.follow(s, o, scale);
+        softmax.weigh(s, scale);
+        if constexpr (Config::kGeneral)
+          if (p.dropout_threshold) apply_dropout(s, p, task, row0, kv0);
+        mma_ab(o, s, v_smem(block));  // o += p v
+      }
     }
   };
   if constexpr (Config::kWholeApart) {
@@ -258,8 +344,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   }
   blocks_to(task.block_end, std::false_type{});
 
-  normalise<Config>(o, softmax, args, task, task.row0 + warp_row);
-  write_output<Config>(o, q_smem, args, task, warp_row);
+  normalise<Config>(o, softmax, args, task, warp);
+  write_output<Config>(o, q_smem, args, task, warp);
 }
 
 }  // namespace flash_ext

@@ -25,10 +25,14 @@ struct FwdTile {
   int stages;         // blocks of keys in memory; 1: V is loaded during q k^T, the next K during p v
   int blocks_per_sm;  // that the registers must leave room for
   bool q_in_regs;     // else q is read from shared memory again for each block of keys
+  // Warps that share rows. Each computes the scores of some keys and some columns of the output, so
+  // that what is read from shared memory serves twice as many products.
+  int parts = 1;
 
-  constexpr int rows_per_warp() const { return block_q / warps; }
+  constexpr int rows_per_warp() const { return block_q / warps * parts; }
   constexpr int smem_bytes(int head_dim) const {
-    return (block_q + 2 * stages * block_kv) * (head_dim + 8) * 2;
+    const int bytes = (block_q + 2 * stages * block_kv) * (head_dim + 8) * 2;
+    return parts == 1 ? bytes : bytes + block_q * (block_kv + 8) * 2 + parts * block_q * 4;
   }
 };
 
@@ -46,8 +50,8 @@ constexpr FwdTile fwd_tile(FwdVariant v, bool amd) {
     case 64:
     case 96: return {128, 64, 4, 2, 2, false};
     case 128: return {128, 32, 4, 2, 2, false};
-    case 192: return {64, 64, 4, 1, 2, false};
-    default: return {64, 64, 4, 1, 2, false};
+    case 192: return {64, 64, 4, 1, 2, false, 2};
+    default: return {64, 64, 4, 1, 2, false, 2};
   }
 }
 

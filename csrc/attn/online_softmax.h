@@ -12,7 +12,8 @@ inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // no accuracy, and the output need not be rescaled.
 template <typename T, int kRows>
 struct OnlineSoftmax {
-  static constexpr float kSlack = 8.f, kLowest = -3.402823466e38f;
+  static constexpr float kSlack = 8.f, kMostWeight = 256.f;  // 2^kSlack
+  static constexpr float kLowest = -3.402823466e38f;
   RowVec<T, kRows> reference, sum;  // sum: of this lane's elements
 
   // A row that has seen nothing has the lowest reference: weights of -inf are zero there, too.
@@ -21,16 +22,19 @@ struct OnlineSoftmax {
   // Lets the reference follow s * scale, the next scores, and rescales what has been gathered.
   template <int kCols, int kHeadDim>
   FX_DEVICE void follow(AccTile<T, kRows, kCols>& s, AccTile<T, kRows, kHeadDim>& o, float scale) {
-    RowVec<T, kRows> top;  // of this lane's elements
-    top.fill(-INFINITY);
-    s.for_each([&](float& x, int m, int r, int) { top.v[m][r] = fmaxf(top.v[m][r], x); });
+    RowVec<T, kRows> top = lane_top(s);
     bool grown = false;
     top.for_each([&](float& x, int m, int r) {
       grown |= fmaf(x, scale, -reference.v[m][r]) > kSlack;
     });
     if (!any_lane(grown)) return;
-
     top.reduce_lanes([](float a, float b) { return fmaxf(a, b); });
+    raise(top, o, scale);
+  }
+
+  // Raises the reference to top * scale where that is higher.
+  template <int kHeadDim>
+  FX_DEVICE void raise(RowVec<T, kRows>& top, AccTile<T, kRows, kHeadDim>& o, float scale) {
     RowVec<T, kRows> decay;
     reference.for_each([&](float& old, int m, int r) {
       const float now = fmaxf(old, top.v[m][r] * scale);
@@ -39,6 +43,15 @@ struct OnlineSoftmax {
       old = now;
     });
     o.for_each([&](float& x, int m, int r, int) { x *= decay.v[m][r]; });
+  }
+
+  // The maximum of this lane's elements.
+  template <int kCols>
+  FX_DEVICE static RowVec<T, kRows> lane_top(AccTile<T, kRows, kCols>& s) {
+    RowVec<T, kRows> top;
+    top.fill(-INFINITY);
+    s.for_each([&](float& x, int m, int r, int) { top.v[m][r] = fmaxf(top.v[m][r], x); });
+    return top;
   }
 
   // Turns s * scale, the scores, into weights in place.

@@ -159,7 +159,15 @@ FX_DEVICE void mma_abt(AccTile<T, kM, kN>& c, const Operand& a, const Tile& b) {
       [&](int n, int k) { return MmaAtom<T>::load_b(b, n * kAtom, k * kAtom); });
 }
 
-// c[m, n] += a[m, k] * b[k, n]; a an accumulator, rounded to T; b in shared memory.
+// c[m, n] += a[m, k] * b[k, n], likewise.
+template <int kK, typename T, int kM, int kN, typename Operand, typename Tile>
+FX_DEVICE void mma_ab(AccTile<T, kM, kN>& c, const Operand& a, const Tile& b) {
+  mma_steps<kK / kAtom>(
+      c, [&](int m, int k) { return a.get(m, k); },
+      [&](int n, int k) { return MmaAtom<T>::load_b_transposed(b, n * kAtom, k * kAtom); });
+}
+
+// The same with an accumulator for a, rounded to T.
 template <typename T, int kM, int kN, int kK, typename Tile>
 FX_DEVICE void mma_ab(AccTile<T, kM, kN>& c, const AccTile<T, kM, kK>& a, const Tile& b) {
   mma_steps<kK / kAtom>(
