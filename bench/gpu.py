@@ -2,6 +2,7 @@
 
 import statistics
 import sys
+from contextlib import contextmanager
 from functools import partial
 
 import common
@@ -11,7 +12,16 @@ import flash_ext
 from flash_ext.measure import progress, table
 from flash_ext.testing import Case
 
-PEERS = {"FA2": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION", "mem-eff": "EFFICIENT_ATTENTION"}
+PEERS = {
+    "FA2": "FLASH_ATTENTION",
+    "cuDNN": "CUDNN_ATTENTION",
+    "mem-eff": "EFFICIENT_ATTENTION",
+    "math": "MATH",  # its products in float32 proper: torch.backends.cuda.matmul.allow_tf32 is False by default
+}
+
+
+def peers_of(dtype):
+    return ("mem-eff", "math") if dtype == torch.float32 else ("FA2", "cuDNN", "mem-eff")
 
 
 def rows():
@@ -42,6 +52,18 @@ def rows():
     yield Case("decode-b64-4k-mqa", 64, 64, 1, 1, 4096, 128), torch.bfloat16
     yield causal("speculate-b16-4-8k-gqa", 16, 32, 8, 4, 8192, 128), torch.bfloat16
 
+    for is_causal in (False, True):
+        for name, *sizes in (
+            ("f32-d64-2k", 4, 16, 16, 2048, 2048, 64),
+            ("f32-d80-2k", 4, 16, 16, 2048, 2048, 80),
+            ("f32-d128-4k", 2, 16, 16, 4096, 4096, 128),
+            ("f32-d256-2k", 2, 8, 8, 2048, 2048, 256),
+        ):
+            yield Case(name + "-causal" * is_causal, *sizes, is_causal=is_causal), torch.float32
+    yield Case("f32-d64-512", 16, 12, 12, 512, 512, 64), torch.float32
+    yield Case("f32-decode-b1-8k-gqa", 1, 32, 8, 1, 8192, 128), torch.float32
+    yield Case("f32-decode-b32-4k-mha", 32, 16, 16, 1, 4096, 64), torch.float32
+
 
 def sdpa_call(backend, case, q, k, v):
     from torch.nn.attention import SDPBackend, bias, sdpa_kernel
@@ -68,11 +90,17 @@ def calls(case, dtype, names):
             call = partial(flash_ext.attn, q, k, v, is_causal=case.is_causal, backend="gpu")
         else:
             call = sdpa_call(PEERS[name], case, q, k, v)
-        try:
+        with without_what_fails(case, name):
             found[name] = captured(torch.inference_mode()(call))
-        except RuntimeError as error:
-            print(f"{case}: {name}: {str(error).splitlines()[0]}", file=sys.stderr)
     return found
+
+
+@contextmanager
+def without_what_fails(case, name):
+    try:
+        yield
+    except RuntimeError as error:
+        print(f"{case}: {name}: {str(error).splitlines()[0]}", file=sys.stderr)
 
 
 def captured(call):
@@ -99,8 +127,7 @@ def seconds(call, least):
     return turn(max(2, int(least / max(turn(1), 1e-6))))
 
 
-def measure(case, dtype, options, tick):
-    found = calls(case, dtype, ["flash_ext", *PEERS])
+def measure(case, dtype, found, backward, options, tick):
     times = {name: [] for name in found}
     for _ in range(options.rounds):
         for name, call in found.items():
@@ -108,7 +135,7 @@ def measure(case, dtype, options, tick):
         tick()
     medians = {name: statistics.median(each) for name, each in times.items()}
     decoding = case.seq_q < 16
-    work = common.kv_bytes(case, dtype) / 1e9 if decoding else common.flops(case) / 1e12
+    work = common.kv_bytes(case, dtype) / 1e9 if decoding else common.flops(case, backward) / 1e12
     return {
         "title": case.id,
         "dtype": str(dtype).removeprefix("torch."),
@@ -118,7 +145,7 @@ def measure(case, dtype, options, tick):
     }
 
 
-def text_table(results):
+def text_table(results, names):
     def ratio(result, peer):
         rates = result["rates"]
         return f"{rates['flash_ext'] / rates[peer]:.2f}" if peer in rates else "-"
@@ -129,15 +156,16 @@ def text_table(results):
     lines = [
         (
             r["title"], r["unit"], f"{r['seconds']['flash_ext'] * 1e6:.0f} us",
-            *(rate(r, name) for name in ("flash_ext", *PEERS)), ratio(r, "FA2"), ratio(r, "cuDNN"),
+            *(rate(r, name) for name in names), *(ratio(r, name) for name in PEERS),
         )
         for r in results
     ]  # fmt: skip
-    return table(("case", "unit", "time", "flash_ext", *PEERS, "x FA2", "x cuDNN"), lines)
+    return table(("case", "unit", "time", *names, *(f"x {name}" for name in PEERS)), lines)
 
 
-def main():
-    parser = common.arguments(__doc__)
+def main(title, name, all_rows, calls, names, backward=False):
+    """The command line of a benchmark; calls(case, dtype, names) makes what is timed."""
+    parser = common.arguments(title)
     parser.add_argument("--rows", nargs="+", metavar="TEXT", help="rows whose name contains one of these")
     parser.add_argument(
         "--rounds", type=int, default=3, metavar="N", help="turns of each, of which the median is taken"
@@ -145,16 +173,21 @@ def main():
     parser.add_argument("--turn", type=float, default=0.05, metavar="S", help="seconds that a turn lasts at least")
     options = parser.parse_args()
     common.apply(options)
-    chosen = [row for row in rows() if not options.rows or any(text in row[0].id for text in options.rows)]
+    chosen = [row for row in all_rows if not options.rows or any(text in row[0].id for text in options.rows)]
     facts = common.machine()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {facts['commit']}")
+    results = []
     with progress(len(chosen) * options.rounds, "measuring") as bar:
-        results = [measure(case, dtype, options, bar.update) for case, dtype in chosen]
-    print(text_table(results))
-    ratios = [r["rates"]["flash_ext"] / r["rates"]["FA2"] for r in results if "FA2" in r["rates"]]
-    print(f"geometric mean over FA2: {statistics.geometric_mean(ratios):.3f}")
-    print(common.save("gpu", facts, results))
+        for case, dtype in chosen:
+            found = calls(case, dtype, [*names, *peers_of(dtype)])
+            results.append(measure(case, dtype, found, backward, options, bar.update))
+    print(text_table(results, [*names, *PEERS]))
+    for peer in PEERS:
+        ratios = [r["rates"]["flash_ext"] / r["rates"][peer] for r in results if peer in r["rates"]]
+        if ratios:
+            print(f"geometric mean over {peer}: {statistics.geometric_mean(ratios):.3f}")
+    print(common.save(name, facts, results))
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "gpu", rows(), calls, ["flash_ext"])

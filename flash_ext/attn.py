@@ -85,7 +85,7 @@ def attn(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, alibi_slopes, sinks,
         causal_align, deterministic, layout,
     )  # fmt: skip
-    if not _runs_native(query, key, value, attn_mask, alibi_slopes, sinks, backend):
+    if not _runs_native(query, value, attn_mask, alibi_slopes, deterministic, backend):
         out, lse = run(attention, *args)
     elif _skips_autograd(query, key, value, attn_mask, sinks):
         with torch._C._AutoDispatchBelowAutograd():
@@ -139,7 +139,7 @@ def attn_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, attn_mask, dropout_p, is_causal, scale,
         enable_gqa, window, softcap, alibi_slopes, sinks, causal_align, deterministic,
     )  # fmt: skip
-    if not _runs_native(q, k, v, attn_mask, alibi_slopes, sinks, backend):
+    if not _runs_native(q, v, attn_mask, alibi_slopes, deterministic, backend):
         out, lse = run(attention_varlen, *args)
     elif _skips_autograd(q, k, v, attn_mask, sinks):
         with torch._C._AutoDispatchBelowAutograd():
@@ -149,7 +149,7 @@ def attn_varlen(
     return (out, lse) if return_lse else out
 
 
-def _runs_native(query, key, value, attn_mask, alibi_slopes, sinks, backend):
+def _runs_native(query, value, attn_mask, alibi_slopes, deterministic, backend):
     if (
         backend is None
         and backends.forced is None
@@ -159,7 +159,7 @@ def _runs_native(query, key, value, attn_mask, alibi_slopes, sinks, backend):
         and query.dtype in backends.CPU_DTYPES
     ):
         return True  # the common case, said shortly
-    return backends.select(query, key, value, attn_mask, alibi_slopes, sinks, backend) != "math"
+    return backends.select(query, value, attn_mask, alibi_slopes, deterministic, backend) != "math"
 
 
 def _skips_autograd(query, key, value, attn_mask, sinks):

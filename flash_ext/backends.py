@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ._version import __version__
 
@@ -24,8 +23,9 @@ BACKENDS = {
     "math": "plain torch operations, the definition: any device and dtype, materialises the scores",
 }  # fastest first
 CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
-GPU_DTYPES = frozenset((torch.bfloat16, torch.float16))
+GPU_DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
 GPU_HEAD_DIM = 256
+HIP_HEAD_DIM_FLOAT32 = 192  # more does not fit the 64 KB of shared memory
 GPU_KERNELS = native is not None and native.build_info()["device"] in ("cuda", "rocm")
 
 # Set by use_backend. Process-wide, so that torch.compile guards on it and autograd's threads agree.
@@ -78,6 +78,7 @@ def explain(
     attn_mask: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    deterministic: bool | None = None,
     backend: str | None = None,
     **options: Any,
 ) -> Explanation:
@@ -90,9 +91,10 @@ def explain(
     if wanted is not None:
         check_name(wanted)
     reasons, chosen = {}, None
-    learns = needs_gradient(query, key, value, *args, attn_mask, sinks)
+    if attn_mask is None:  # the only floating-point tensor that may come by position
+        attn_mask = next((x for x in args if isinstance(x, Tensor) and x.is_floating_point()), None)
     for name in BACKENDS:
-        reason = obstacle(name, query, value, alibi_slopes, learns)
+        reason = obstacle(name, query, value, attn_mask, alibi_slopes, deterministic)
         if reason is None and wanted not in (None, name):
             reason = f"{wanted!r} is asked for"
         elif reason is None and chosen is not None:
@@ -105,74 +107,72 @@ def explain(
     return Explanation(chosen, reasons, f"{shapes}, {str(query.dtype).removeprefix('torch.')} on {query.device}")
 
 
-def select(query, key, value, attn_mask, alibi_slopes, sinks, backend):
+def select(query, value, attn_mask, alibi_slopes, deterministic, backend):
     """The name of the backend to run: the wanted one, else the fastest that can."""
     wanted = backend or forced
-    learns = needs_gradient(query, key, value, attn_mask, sinks)
+    call = query, value, attn_mask, alibi_slopes, deterministic
     if wanted is None:
-        return next(name for name in BACKENDS if obstacle(name, query, value, alibi_slopes, learns) is None)
+        return next(name for name in BACKENDS if obstacle(name, *call) is None)
     check_name(wanted)
-    reason = obstacle(wanted, query, value, alibi_slopes, learns)
+    reason = obstacle(wanted, *call)
     if reason is not None:
         raise RuntimeError(f"backend: {wanted!r} cannot run this call: {reason}")
     return wanted
 
 
-def obstacle(name, query, value, alibi_slopes, learns):
-    """Why this backend cannot run the call, of which `learns` says that it needs gradients; None if it can."""
+def obstacle(name, query, value, attn_mask, alibi_slopes, deterministic):
+    """Why this backend cannot run the call; None if it can."""
     device = query.device.type
     if name == "math":
         return None
-    if name == "cpu":
-        return cpu_obstacle(device, query.dtype, alibi_slopes)
-    if device != "cuda":
+    if name != "cpu" and device != "cuda":
         return f"it needs a GPU, the tensors are on {device}"
-    return "it is not in this version" if name == "sm90" else gpu_obstacle(query, value, alibi_slopes, learns)
-
-
-def cpu_obstacle(device, dtype, alibi_slopes):
-    if device != "cpu":
+    if name == "sm90":
+        return "it is not in this version"
+    if name == "cpu" and device != "cpu":
         return f"the tensors are on {device}"
     if native is None:
         return f"the extension flash_ext._C did not load ({native_error})"
-    if dtype not in CPU_DTYPES:
-        return f"it has no {str(dtype).removeprefix('torch.')}"
-    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and alibi_slopes is not None and alibi_slopes.requires_grad:
         return "alibi_slopes requires a gradient, which only 'math' computes"
-    return None
+    if name == "cpu":
+        return None if query.dtype in CPU_DTYPES else f"it has no {str(query.dtype).removeprefix('torch.')}"
+    return gpu_obstacle(query, value, attn_mask, deterministic)
 
 
-def gpu_obstacle(query, value, alibi_slopes, learns):
-    if native is None:
-        return f"the extension flash_ext._C did not load ({native_error})"
+def gpu_obstacle(query, value, attn_mask, deterministic):
     if not GPU_KERNELS:
         return "the extension was built without GPU kernels (FLASH_EXT_DEVICE=cuda builds them)"
     dtype = query.dtype
     if dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
     if dtype not in GPU_DTYPES:
-        return f"it has float16 and bfloat16, not yet {str(dtype).removeprefix('torch.')}"
+        return f"it has float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
     head_dim = max(query.shape[-1], value.shape[-1])
     if head_dim > GPU_HEAD_DIM:
         return f"it has head_dim up to {GPU_HEAD_DIM}, not {head_dim}"
-    if learns or (alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled()):
-        return "a gradient is needed, and it has no backward yet"
+    if torch.version.hip and dtype == torch.float32 and head_dim > HIP_HEAD_DIM_FLOAT32:
+        return f"it has head_dim up to {HIP_HEAD_DIM_FLOAT32} in float32 on AMD, not {head_dim}"
+    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+        if deterministic is None:
+            deterministic = torch.are_deterministic_algorithms_enabled()
+        if deterministic and is_broadcast(attn_mask, query):
+            return "a broadcast attn_mask requires a gradient, which it cannot sum deterministically"
     if torch.version.hip or torch.compiler.is_compiling():  # Dynamo cannot follow the cache; the op itself would raise
         return None
     return device_obstacle(query.device.index)
+
+
+def is_broadcast(attn_mask, query):
+    """Whether several scores may share an element of the mask; of packed tensors always."""
+    rows = query.numel() // max(query.shape[-1], 1)
+    return attn_mask.shape[-1] == 1 or attn_mask.numel() != rows * attn_mask.shape[-1]
 
 
 @cache
 def device_obstacle(index):
     major, minor = torch.cuda.get_device_capability(index)
     return None if major >= 8 else f"it needs sm_80 or newer, this GPU is sm_{major}{minor}"
-
-
-def needs_gradient(*args):
-    """Whether autograd, in any of its forms, follows the call."""
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        return True
-    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
 
 
 def check_name(name):

@@ -45,7 +45,7 @@ def build(heads, **kwargs):
 
 
 def check_on_gpu(case, dtype, seed=0):
-    if torch.cuda.is_available() and dtype in (torch.float16, torch.bfloat16):
+    if torch.cuda.is_available() and dtype != torch.float64:
         check(case, dtype, "cuda", "gpu", grads=False, seed=seed, limit=LIMIT)
 
 

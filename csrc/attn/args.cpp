@@ -279,8 +279,9 @@ void prepare(const Tensor& q, const Tensor& k, const Tensor& v, const Packing* p
 
 void set_lse(const Tensor& lse, bool packed, AttnParams& p) {
   p.lse = lse.data_ptr();
-  p.lse_batch_stride = packed ? 0 : lse.stride(0);
-  p.lse_head_stride = packed ? lse.stride(0) : lse.stride(1);
+  // It is contiguous. Not lse.stride, which is 1 where there is no row.
+  p.lse_head_stride = lse.size(packed ? 1 : 2);
+  p.lse_batch_stride = packed ? 0 : lse.size(1) * lse.size(2);
 }
 
 std::vector<int64_t> out_sizes(const Tensor& q, int64_t head_dim_v) {

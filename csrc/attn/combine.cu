@@ -94,8 +94,9 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize) combine_kernel(const Fw
 }  // namespace
 
 void launch_combine(const FwdPlan& plan, const GpuFacts& gpu, void* stream) {
-  const auto kernel =
-      plan.variant.dtype == DType::f16 ? combine_kernel<half_t> : combine_kernel<bf16_t>;
+  const auto kernel = plan.variant.dtype == DType::f16    ? combine_kernel<half_t>
+                      : plan.variant.dtype == DType::bf16 ? combine_kernel<bf16_t>
+                                                          : combine_kernel<float>;
   FX_CHECK(plan.args.partial_rows < int64_t{1} << 31, "q: too many rows for one call");
   const int warps = (plan.args.splits + kSplitsOfWarp - 1) / kSplitsOfWarp;
   kernel<<<static_cast<unsigned>(plan.args.partial_rows), warps * gpu.warp_size, 0,

@@ -7,27 +7,20 @@
 #include "../gpu_check.h"
 #include "../tile/platform.h"
 #include "fwd.h"
+#include "load_tile.h"
 
 namespace flash_ext {
 namespace {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  FX_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
-  return value;
-}
-
-bool in_chunks(const TensorView& t, int64_t head_dim) {
-  return (reinterpret_cast<uintptr_t>(t.data) % 16 |
-          (t.batch_stride | t.head_stride | t.seq_stride | head_dim) % 8) == 0;
-}
+int element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 // Rows that cannot be read or written 16 bytes at a time, and options that change scores.
 bool needs_general(const AttnParams& p) {
-  const bool chunks =
-      in_chunks(p.q, p.head_dim) && in_chunks(p.k, p.head_dim) && in_chunks(p.v, p.head_dim_v) && in_chunks(p.o, p.head_dim_v);
+  const int bytes = element_bytes(p.dtype);
+  bool chunks = p.head_dim * bytes % 16 == 0 && p.head_dim_v * bytes % 16 == 0;
+  for (const TensorView& t : {p.q, p.k, p.v, p.o}) chunks = chunks && in_chunks(t, bytes);
   return !chunks || p.mask.data || p.softcap > 0 || p.alibi_slopes || p.dropout_threshold;
 }
 
@@ -38,8 +31,9 @@ int choose_splits(const FwdVariant& v, const FwdTile& tile, int64_t tiles, int64
   constexpr double kFlopsOfSlot = 1.2e6, kBytes = 4e6;  // a microsecond
   constexpr double kStart = 2.0, kMerge = 4.0, kFewRowsBlock = 1.5;
   if (tiles >= 2 * slots) return 1;
-  const double flops = 4.0 * tile.block_q * tile.block_kv * v.head_dim;
-  const double bytes = 4.0 * tile.block_kv * v.head_dim;
+  const double products = v.dtype == DType::f32 ? 5.0 : 1.0;  // six for one, better hidden
+  const double flops = 4.0 * tile.block_q * tile.block_kv * v.head_dim * products;
+  const double bytes = 2.0 * element_bytes(v.dtype) * tile.block_kv * v.head_dim;
   const double compute = v.rows == FwdRows::few ? kFewRowsBlock : flops / kFlopsOfSlot;
   int best = 1;
   double best_time = 0;
@@ -55,7 +49,7 @@ int choose_splits(const FwdVariant& v, const FwdTile& tile, int64_t tiles, int64
 }
 
 template <DType kDType>
-FwdLauncher find_fwd_of(FwdVariant v) {
+FwdLauncher find_fwd_of_dtype(FwdVariant v) {
   switch (v.head_dim) {
     case 32: return find_fwd<kDType, 32>(v);
     case 64: return find_fwd<kDType, 64>(v);
@@ -66,23 +60,22 @@ FwdLauncher find_fwd_of(FwdVariant v) {
   }
 }
 
-}  // namespace
-
-GpuFacts gpu_facts(int device) {
-  return {
-      attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrWarpSize, device),
-      attribute(kAmd ? cudaDevAttrMaxSharedMemoryPerBlock : cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                device),
-      attribute(cudaDevAttrL2CacheSize, device)};
+FwdLauncher find_fwd_of(FwdVariant v) {
+  switch (v.dtype) {
+    case DType::f16: return find_fwd_of_dtype<DType::f16>(v);
+    case DType::bf16: return find_fwd_of_dtype<DType::bf16>(v);
+    default: return find_fwd_of_dtype<DType::f32>(v);
+  }
 }
+
+}  // namespace
 
 FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   const int64_t group = p.heads_q / std::max<int64_t>(p.heads_kv, 1);
   const int64_t wide = std::max(p.head_dim, p.head_dim_v);
   const int* head_dim = std::lower_bound(std::begin(kFwdHeadDims), std::end(kFwdHeadDims), wide);
   FX_CHECK(head_dim != std::end(kFwdHeadDims), "q: expected head_dim of at most 256, got ", wide);
-  FX_CHECK(p.dtype == DType::f16 || p.dtype == DType::bf16,
-           "q: expected float16 or bfloat16 on a GPU");
+  FX_CHECK(p.dtype != DType::f64, "q: expected float16, bfloat16 or float32 on a GPU");
   constexpr int64_t kMostRows = int64_t{1} << 29;
   FX_CHECK(p.seq_q * group < kMostRows && p.seq_kv < kMostRows,
            "q, k: expected sequences below 2^29 rows");
@@ -92,23 +85,31 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   const bool shares_kv = group > 1;
   for (const FwdRows rows : {FwdRows::some, FwdRows::few}) {
     const FwdVariant v{p.dtype, *head_dim, rows, plan.variant.general};
-    if (rows == FwdRows::some && v.general) continue;
-    if (p.seq_q * group <= fwd_tile(v, kAmd).block_q) plan.variant = v;
+    if (v.compiled() && p.seq_q * group <= fwd_tile(v, kAmd).block_q) plan.variant = v;
   }
+  // The general tile may be smaller.
+  const FwdVariant general{p.dtype, *head_dim, FwdRows::many, true};
+  if (plan.variant.rows == FwdRows::many && p.seq_q * group <= fwd_tile(general, kAmd).block_q)
+    plan.variant = general;
   FwdTile tile = fwd_tile(plan.variant, kAmd);
-  if (tile.smem_bytes(*head_dim) > gpu.smem_per_block) {
-    plan.variant = {p.dtype, *head_dim, FwdRows::many, true};
+  if (tile.smem_bytes(plan.variant) > gpu.smem_per_block) {
+    plan.variant = general;
     tile = fwd_tile(plan.variant, kAmd);
   }
+  FX_CHECK(tile.smem_bytes(plan.variant) <= gpu.smem_per_block, "q: head_dim ", wide,
+           " of this dtype needs ", tile.smem_bytes(plan.variant),
+           " bytes of shared memory, this GPU has ", gpu.smem_per_block);
   const int64_t packed = ceil_div(p.seq_q * group, tile.block_q);
   const int64_t apart = ceil_div(p.seq_q, tile.block_q);
-  args.pack = shares_kv && packed < apart * group ? static_cast<int>(group) : 1;
-  args.blocks_q = static_cast<int>(args.pack > 1 ? packed : apart);
-  args.heads = p.batch * p.heads_q / args.pack;
+  const int pack = shares_kv && packed < apart * group ? static_cast<int>(group) : 1;
+  args.pack = Divisor(pack);
+  args.blocks_q = static_cast<int>(pack > 1 ? packed : apart);
+  args.heads = p.batch * p.heads_q / pack;
   args.longest_last = p.window_right >= 0;
 
-  const int64_t kv_bytes = std::max<int64_t>(p.seq_kv * (p.head_dim + p.head_dim_v) * 2, 1);
-  const int64_t q_heads_of_kv = group / args.pack;
+  const int64_t kv_bytes =
+      std::max<int64_t>(p.seq_kv * (p.head_dim + p.head_dim_v) * element_bytes(p.dtype), 1);
+  const int64_t q_heads_of_kv = group / pack;
   args.heads_at_once =
       static_cast<int>(std::clamp<int64_t>(gpu.l2_bytes / 2 / kv_bytes * q_heads_of_kv,
                                            q_heads_of_kv, std::max<int64_t>(args.heads, 1)));
@@ -116,7 +117,7 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   // A window leaves fewer keys to divide.
   int64_t seen = p.seq_kv;
   if (p.window_left >= 0 && p.window_right >= 0)
-    seen = std::min(seen, p.window_left + p.window_right + ceil_div(tile.block_q, args.pack));
+    seen = std::min(seen, p.window_left + p.window_right + ceil_div(tile.block_q, pack));
   const int64_t slots = int64_t{gpu.multiprocessors} * tile.blocks_per_sm;
   args.partial_rows =
       p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;
@@ -137,21 +138,8 @@ void FwdPlan::use_scratch(float* scratch) {
 
 void launch_fwd(const FwdPlan& plan, const GpuFacts& gpu, void* stream) {
   if (plan.args.heads * plan.args.blocks_q == 0) return;
-  const FwdLauncher launch = plan.variant.dtype == DType::f16
-                                 ? find_fwd_of<DType::f16>(plan.variant)
-                                 : find_fwd_of<DType::bf16>(plan.variant);
-  launch(plan.args, gpu, stream);
+  find_fwd_of(plan.variant)(plan.args, gpu, stream);
   if (plan.args.splits > 1) launch_combine(plan, gpu, stream);
-}
-
-CurrentDevice::CurrentDevice(int device) : previous(device) {
-  FX_CUDA_CHECK(cudaGetDevice(&previous));
-  if (previous != device) FX_CUDA_CHECK(cudaSetDevice(device));
-}
-
-CurrentDevice::~CurrentDevice() {
-  int now = previous;
-  if (cudaGetDevice(&now) == cudaSuccess && now != previous) (void)cudaSetDevice(previous);
 }
 
 }  // namespace flash_ext

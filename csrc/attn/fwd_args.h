@@ -1,5 +1,6 @@
 // What the forward kernel is told besides AttnParams: how the work is cut. Made by fwd_plan.h.
 #pragma once
+#include "divisor.h"
 #include "params.h"
 
 namespace flash_ext {
@@ -10,7 +11,7 @@ struct FwdArgs {
   AttnParams params;
   // Heads that share a KV head and are packed into one tile: row r is query r / pack of the
   // (r % pack)-th of them. 1: a tile is of one head.
-  int pack = 1;
+  Divisor pack;
   int blocks_q = 0;           // tiles that the longest sequence's rows fill
   int64_t heads = 0;          // batch * heads_q / pack
   int heads_at_once = 1;      // whose K and V stay in the L2 cache together

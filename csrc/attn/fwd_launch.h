@@ -8,7 +8,7 @@ namespace flash_ext {
 template <FwdVariant kVariant>
 void launch_fwd(const FwdArgs& args, const GpuFacts& gpu, void* stream) {
   using Config = FwdConfig<kVariant>;
-  constexpr int kSmemBytes = Config::kTile.smem_bytes(kVariant.head_dim);
+  constexpr int kSmemBytes = Config::kTile.smem_bytes(kVariant);
   const auto kernel = attn_fwd_kernel<Config>;
   if constexpr (kSmemBytes > 48 * 1024)
     FX_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
@@ -23,15 +23,14 @@ void launch_fwd(const FwdArgs& args, const GpuFacts& gpu, void* stream) {
 // Compiles the variants of this dtype and head_dim, and finds one of them.
 template <DType kDType, int kHeadDim>
 FwdLauncher find_fwd(FwdVariant want) {
-  switch (want.rows) {
-    case FwdRows::few:
-      return want.general ? launch_fwd<FwdVariant{kDType, kHeadDim, FwdRows::few, true}>
-                          : launch_fwd<FwdVariant{kDType, kHeadDim, FwdRows::few, false}>;
-    case FwdRows::some: return launch_fwd<FwdVariant{kDType, kHeadDim, FwdRows::some, false}>;
-    default:
-      return want.general ? launch_fwd<FwdVariant{kDType, kHeadDim, FwdRows::many, true}>
-                          : launch_fwd<FwdVariant{kDType, kHeadDim, FwdRows::many, false}>;
-  }
+  constexpr auto few = FwdRows::few, some = FwdRows::some, many = FwdRows::many;
+  if (want.rows == few)
+    return want.general ? launch_fwd<FwdVariant{kDType, kHeadDim, few, true}>
+                        : launch_fwd<FwdVariant{kDType, kHeadDim, few, false}>;
+  if constexpr (FwdVariant{kDType, kHeadDim, some, false}.compiled())
+    if (want.rows == some) return launch_fwd<FwdVariant{kDType, kHeadDim, some, false}>;
+  return want.general ? launch_fwd<FwdVariant{kDType, kHeadDim, many, true}>
+                      : launch_fwd<FwdVariant{kDType, kHeadDim, many, false}>;
 }
 
 }  // namespace flash_ext

@@ -1,4 +1,4 @@
-// The GPU implementations of the ops: the forward. Registered only where GPU kernels are built.
+// The GPU implementations of the ops. Registered only where GPU kernels are built.
 #if defined(FLASH_EXT_WITH_CUDA) || defined(FLASH_EXT_WITH_ROCM)
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -10,12 +10,14 @@
 
 #include "../checks.h"
 #include "args.h"
+#include "bwd.h"
 #include "fwd.h"
 
 namespace flash_ext {
 namespace {
 
 using Pair = std::tuple<Tensor, Tensor>;
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // torch's current stream. The function is in the GPU part of torch, which this module does not link
 // so that it also loads where torch has none; whoever has a GPU tensor has loaded it.
@@ -83,11 +85,55 @@ Pair attn_varlen_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Te
                   alibi_slopes, sinks, rng_state});
 }
 
+Five run_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q,
+             const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+             const Packing* packing, bool need_mask_grad, bool deterministic,
+             const AttnOptions& options) {
+  const int32_t device = q.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const BwdCall call =
+      prepare_bwd(grad_out, grad_lse, q, k, v, out, lse, packing, need_mask_grad, options);
+  const CurrentDevice current(device);
+  const GpuFacts& gpu = facts_of(device);
+  BwdPlan plan = plan_bwd(call.params, gpu, deterministic);
+  const Tensor scratch = torch::stable::new_empty(call.dsinks, {plan.scratch_floats()});
+  plan.use_scratch(static_cast<float*>(scratch.data_ptr()));
+  launch_bwd(plan, gpu, current_stream(device));
+  return {call.dq, call.dk, call.dv, call.finished_dmask(options.attn_mask), call.dsinks};
+}
+
+Five attn_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q,
+              const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse, double scale,
+              int64_t window_left, int64_t window_right, bool top_left, double softcap,
+              double dropout_p, const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
+              const OptionalTensor& sinks, const OptionalTensor& rng_state, bool need_mask_grad,
+              bool deterministic) {
+  return run_bwd(grad_out, grad_lse, q, k, v, out, lse, nullptr, need_mask_grad, deterministic,
+                 {scale, softcap, dropout_p, window_left, window_right, top_left, attn_mask,
+                  alibi_slopes, sinks, rng_state});
+}
+
+Five attn_varlen_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q,
+                     const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                     int64_t max_seqlen_k, double scale, int64_t window_left, int64_t window_right,
+                     bool top_left, double softcap, double dropout_p,
+                     const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
+                     const OptionalTensor& sinks, const OptionalTensor& rng_state,
+                     bool need_mask_grad, bool deterministic) {
+  const Packing packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
+  return run_bwd(grad_out, grad_lse, q, k, v, out, lse, &packing, need_mask_grad, deterministic,
+                 {scale, softcap, dropout_p, window_left, window_right, top_left, attn_mask,
+                  alibi_slopes, sinks, rng_state});
+}
+
 }  // namespace
 }  // namespace flash_ext
 
 STABLE_TORCH_LIBRARY_IMPL(flash_ext, CUDA, m) {
   m.impl("attn_fwd", TORCH_BOX(&flash_ext::attn_fwd));
+  m.impl("attn_bwd", TORCH_BOX(&flash_ext::attn_bwd));
   m.impl("attn_varlen_fwd", TORCH_BOX(&flash_ext::attn_varlen_fwd));
+  m.impl("attn_varlen_bwd", TORCH_BOX(&flash_ext::attn_varlen_bwd));
 }
 #endif

@@ -14,41 +14,40 @@ FX_DEVICE float mask_value(E x) {
   else return to_float(x);
 }
 
-FX_DEVICE float add_mask(float score, float mask) {
-  return mask == -INFINITY ? mask : score + mask;  // also where the score is NaN
-}
-
-// f(null pointer to the type of the mask's elements)
+// f(the mask's elements, as what they are)
 template <typename F>
-FX_DEVICE void with_mask_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::b8: return f(static_cast<const uint8_t*>(nullptr));
-    case DType::f16: return f(static_cast<const half_t*>(nullptr));
-    case DType::bf16: return f(static_cast<const bf16_t*>(nullptr));
-    case DType::f64: return f(static_cast<const double*>(nullptr));
-    default: return f(static_cast<const float*>(nullptr));
+FX_DEVICE auto with_elements(const MaskView& mask, F f) {
+  switch (mask.dtype) {
+    case DType::b8: return f(static_cast<const uint8_t*>(mask.data));
+    case DType::f16: return f(static_cast<const half_t*>(mask.data));
+    case DType::bf16: return f(static_cast<const bf16_t*>(mask.data));
+    case DType::f64: return f(static_cast<const double*>(mask.data));
+    default: return f(static_cast<const float*>(mask.data));
   }
 }
 
-// The mask tensor of a block of scores. Where pairs of keys can be read at once they are fetched
-// before the scores are computed, which hides the wait for them.
+FX_DEVICE float mask_value(const MaskView& mask, int64_t offset) {
+  return with_elements(mask, [&](const auto* elements) { return mask_value(elements[offset]); });
+}
+
+// The mask tensor of a block of scores. Where two neighbouring keys can be read at once, they are
+// fetched before the scores are computed, which hides the wait for them.
 template <typename T, int kRows, int kCols>
 struct MaskBlock {
   using Scores = AccTile<T, kRows, kCols>;
   static constexpr bool kPairs = MmaAtom<T>::kColsInPairs;
   const AttnParams& p;
-  RowVec<T, kRows, int64_t> row;  // the element of key 0
+  RowVec<T, kRows, int64_t> row;  // where a row's key 0 is
   bool in_pairs;
   uint32_t pair[kPairs ? Scores::kPairs : 1];  // as they lie in memory
 
   FX_DEVICE MaskBlock(const AttnParams& p, const FwdTask& task, int row0) : p(p) {
     const MaskView& mask = p.mask;
-    const int64_t size = mask.dtype == DType::b8 ? 1 : 2;
+    const bool bytes = mask.dtype == DType::b8;
     const int64_t strides = mask.batch_stride | mask.head_stride | mask.q_stride | p.seq_kv;
-    in_pairs = kPairs && (mask.dtype == DType::b8 || mask.dtype == DType::f16 ||
-                          mask.dtype == DType::bf16) &&
+    in_pairs = (bytes || mask.dtype == DType::f16 || mask.dtype == DType::bf16) &&
                mask.kv_stride == 1 && strides % 2 == 0 &&
-               reinterpret_cast<uintptr_t>(mask.data) % (2 * size) == 0;
+               reinterpret_cast<uintptr_t>(mask.data) % (bytes ? 2 : 4) == 0;
     row.for_each([&](int64_t& x, int m, int slot) {  // rows that are not there repeat the last one
       const int r = std::min(row0 + Scores::row(m, slot), task.rows - 1);
       x = task.batch * mask.batch_stride + task.head_of(r) * mask.head_stride +
@@ -56,41 +55,47 @@ struct MaskBlock {
     });
   }
 
-  // Keys that are not there are left to the band mask, and repeat the last ones.
+  // Of the keys from kv0 on. Those that are not there are left to the band mask; they repeat the
+  // last ones.
   FX_DEVICE void fetch(int kv0) {
     if constexpr (kPairs) {
       if (!in_pairs) return;
       const int last = static_cast<int>(p.seq_kv) - 2 - kv0;
-      const auto all = [&](auto* elements) {
+      const auto fetch_all = [&](const auto* pairs) {
         Scores::for_each_pair([&](int j, int m, int slot, int col) {
-          pair[j] = elements[(row.v[m][slot] + kv0 + std::min(col, last)) / 2];
+          pair[j] = pairs[(row.v[m][slot] + kv0 + std::min(col, last)) / 2];
         });
       };
-      if (p.mask.dtype == DType::b8) all(static_cast<const uint16_t*>(p.mask.data));
-      else all(static_cast<const uint32_t*>(p.mask.data));
+      if (p.mask.dtype == DType::b8) fetch_all(static_cast<const uint16_t*>(p.mask.data));
+      else fetch_all(static_cast<const uint32_t*>(p.mask.data));
     }
   }
 
   FX_DEVICE void add_to(Scores& s, int kv0) const {
-    with_mask_type(p.mask.dtype, [&](auto* type) {
-      using E = std::remove_cvref_t<decltype(*type)>;
+    const auto add = [](float& x, float y) { x = y == -INFINITY ? y : x + y; };  // also to NaN
+    with_elements(p.mask, [&](const auto* elements) {
+      using E = std::remove_cvref_t<decltype(*elements)>;
       if constexpr (kPairs && sizeof(E) <= 2) {
         if (in_pairs) {
           Scores::for_each_pair([&](int j, int, int, int) {
             const E* two = reinterpret_cast<const E*>(&pair[j]);
-            for (int i = 0; i < 2; ++i) s.pair(j)[i] = add_mask(s.pair(j)[i], mask_value(two[i]));
+            for (int i = 0; i < 2; ++i) add(s.pair(j)[i], mask_value(two[i]));
           });
           return;
         }
       }
-      const E* const elements = static_cast<const E*>(p.mask.data);
       const int last = static_cast<int>(p.seq_kv) - 1 - kv0;
       s.for_each([&](float& x, int m, int slot, int col) {
         const int64_t key = kv0 + std::min(col, last);
-        x = add_mask(x, mask_value(elements[row.v[m][slot] + key * p.mask.kv_stride]));
+        add(x, mask_value(elements[row.v[m][slot] + key * p.mask.kv_stride]));
       });
     });
   }
+};
+
+// Of the variants without mask tensors.
+struct NoMask {
+  FX_DEVICE NoMask(const AttnParams&, const FwdTask&, int) {}
 };
 
 // s = q k^T becomes scores under softcap and ALiBi, of the rows from row0 and the keys from kv0 on.
@@ -98,10 +103,10 @@ template <typename T, int kRows, int kCols>
 FX_DEVICE void apply_options(AccTile<T, kRows, kCols>& s, const AttnParams& p, const FwdTask& task,
                              int row0, int kv0) {
   const float scale = static_cast<float>(p.scale), softcap = static_cast<float>(p.softcap);
-  if (softcap > 0.f) {  // tanh(y) = 1 - 2 / (1 + e^(2 y))
-    const float inside = static_cast<float>(2 * p.scale / p.softcap) * kLog2e;
+  if (softcap > 0.f) {
+    const float inside = static_cast<float>(p.scale / p.softcap);
     s.for_each([&](float& x, int, int, int) {
-      x = softcap - 2.f * softcap * fast_reciprocal(1.f + fast_exp2(x * inside));
+      x = softcap * (std::is_same_v<T, float> ? tanhf(x * inside) : fast_tanh(x * inside));
     });
   } else {
     s.for_each([&](float& x, int, int, int) { x *= scale; });
@@ -109,16 +114,23 @@ FX_DEVICE void apply_options(AccTile<T, kRows, kCols>& s, const AttnParams& p, c
   if (p.alibi_slopes) {
     RowVec<T, kRows> slope, here;  // here: from this lane's first key to the one at distance 0
     slope.for_each([&](float& x, int m, int r) {
-      const int row = std::min(row0 + s.row(m, r), task.rows - 1);
+      const int row = std::min(row0 + s.row(m, r), task.rows - 1);  // as MaskBlock's
       x = static_cast<const float*>(
           p.alibi_slopes)[task.batch * p.alibi_batch_stride + task.head_of(row)];
-      here.v[m][r] = static_cast<float>(task.query(row) + task.seq_kv - task.rows / task.pack - kv0 -
-                                        s.first_col());
+      here.v[m][r] = static_cast<float>(task.query(row) + task.seq_kv - task.rows / task.pack.by -
+                                        kv0 - s.first_col());
     });
     s.for_each([&](float& x, int m, int r, int col) {
       x -= slope.v[m][r] * fabsf(here.v[m][r] - static_cast<float>(col - s.first_col()));
     });
   }
+}
+
+// The 16 bits of a key, of those of eight neighbours; written so that `bits` stays in registers.
+FX_DEVICE uint32_t dropout_number(const Philox4& bits, uint32_t key) {
+  const uint32_t low = key & 2 ? bits.word[1] : bits.word[0];
+  const uint32_t high = key & 2 ? bits.word[3] : bits.word[2];
+  return ((key & 4 ? high : low) >> (16 * (key & 1))) & 0xffffu;
 }
 
 // Sets the weights that dropout drops to zero.
@@ -135,11 +147,7 @@ FX_DEVICE void apply_dropout(AccTile<T, kRows, kCols>& s, const AttnParams& p, c
       const uint32_t batch_head = static_cast<uint32_t>(task.batch * p.heads_q + task.head_of(row));
       bits = dropout_bits(seed, offset, batch_head, task.query(row), last_group);
     }
-    const int word = key % 8 / 2;
-    const uint32_t low = word & 1 ? bits.word[1] : bits.word[0];
-    const uint32_t high = word & 1 ? bits.word[3] : bits.word[2];
-    const uint32_t random = ((word & 2 ? high : low) >> (16 * (key & 1))) & 0xffffu;
-    if (random < p.dropout_threshold) x = 0.f;
+    if (dropout_number(bits, key) < p.dropout_threshold) x = 0.f;
   });
 }
 

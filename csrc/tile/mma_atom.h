@@ -6,3 +6,4 @@
 #else
 #include "nvidia/mma_atom.h"
 #endif
+#include "mma_atom_f32.h"

@@ -10,6 +10,7 @@
 #endif
 
 #define FX_DEVICE __device__ __forceinline__
+#define FX_HOST_DEVICE __host__ __device__ __forceinline__
 
 namespace flash_ext {
 
@@ -56,12 +57,17 @@ FX_DEVICE float fast_exp2(float x) {
 // 1 / x likewise.
 FX_DEVICE float fast_reciprocal(float x) {
 #if FX_AMD
-  return __builtin_amdgcn_rcpf(x);
+  return 1.f / x;
 #else
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #endif
+}
+
+// Exact to 2^-22 of 1: as 1 - 2 / (1 + e^2x).
+FX_DEVICE float fast_tanh(float x) {
+  return 1.f - 2.f * fast_reciprocal(1.f + fast_exp2(x * 2.885390082f));
 }
 
 FX_DEVICE float to_float(float x) { return x; }
@@ -71,7 +77,8 @@ FX_DEVICE float to_float(bf16_t x) { return __bfloat162float(x); }
 
 template <typename T>
 FX_DEVICE T from_float(float x) {
-  if constexpr (std::is_same_v<T, half_t>) return __float2half(x);
+  if constexpr (std::is_same_v<T, float>) return x;
+  else if constexpr (std::is_same_v<T, half_t>) return __float2half(x);
   else return __float2bfloat16(x);
 }
 

@@ -1,6 +1,7 @@
 // Register tiles: a [kRows, kCols] float32 accumulator spread over a warp, and what attention does
 // to it. No vendor names below: every layout question is put to MmaAtom.
 #pragma once
+#include "atomic.h"
 #include "mma_atom.h"
 #include "shared_tile.h"
 
@@ -32,7 +33,27 @@ struct RowVec {
   }
 };
 
-template <typename T, int kRows, int kCols>
+// Rounds an atom's accumulators to T and writes them to a tile.
+template <typename T, typename Tile>
+FX_DEVICE void store_atom(const typename MmaAtom<T>::Acc& acc, const Tile& t, int row0, int col0) {
+  using Atom = MmaAtom<T>;
+  constexpr int kStep = Atom::kColsInPairs ? 2 : 1;
+#pragma unroll
+  for (int i = 0; i < Atom::kAccRegs; i += kStep) {
+    T* dst = t.data + t.offset(row0, col0, Atom::row(Atom::row_slot(i)), Atom::col(i));
+    if constexpr (kStep == 2) {
+      const T low = from_float<T>(acc.reg[i]), high = from_float<T>(acc.reg[i + 1]);
+      *reinterpret_cast<uint32_t*>(dst) =
+          reinterpret_cast<const uint16_t&>(low) | reinterpret_cast<const uint16_t&>(high) << 16;
+    } else {
+      *dst = from_float<T>(acc.reg[i]);
+    }
+  }
+}
+
+// kEvery: the tile is every kEvery-th column of atoms of a wider one, as the warps that share the
+// wider one divide it; col below and in for_each then counts columns of the narrow one.
+template <typename T, int kRows, int kCols, int kEvery = 1>
 struct AccTile {
   using Atom = MmaAtom<T>;
   static constexpr int kM = kRows / kAtom, kN = kCols / kAtom;
@@ -48,6 +69,23 @@ struct AccTile {
 #pragma unroll
         for (int i = 0; i < Atom::kAccRegs; ++i)
           f(atom[m][n].reg[i], m, Atom::row_slot(i), n * kAtom + Atom::col(i));
+  }
+  template <typename F>
+  FX_DEVICE void for_each(F f) const {
+    const_cast<AccTile*>(this)->for_each(
+        [&](const float& x, int m, int slot, int col) { f(x, m, slot, col); });
+  }
+  // f(value, value of other, m, slot, col) likewise.
+  template <typename F>
+  FX_DEVICE void for_each(AccTile& other, F f) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int i = 0; i < Atom::kAccRegs; ++i)
+          f(atom[m][n].reg[i], other.atom[m][n].reg[i], m, Atom::row_slot(i),
+            n * kAtom + Atom::col(i));
   }
   // f(number of the pair, m, slot, col) for the pairs of neighbouring columns this lane holds.
   static constexpr int kPairs = kM * kN * Atom::kAccRegs / 2;
@@ -67,27 +105,45 @@ struct AccTile {
   FX_DEVICE void clear() {
     for_each([](float& x, int, int, int) { x = 0.f; });
   }
-  // Rounds to T and writes to the rows of a tile from row0 on.
+  // Rounds to T and writes to a tile, from (row0, col0) on; col0 is known to the compiler.
   template <typename Tile>
-  FX_DEVICE void store(const Tile& t, int row0) const {
-    constexpr int kStep = Atom::kColsInPairs ? 2 : 1;
+  FX_DEVICE void store(const Tile& t, int row0, int col0 = 0) const {
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
-      for (int n = 0; n < kN; ++n)
+      for (int n = 0; n < kN; ++n) {
+        if constexpr (std::is_same_v<T, float>) {
+          const auto parts = Atom::parts(atom[m][n]);
 #pragma unroll
-        for (int i = 0; i < Atom::kAccRegs; i += kStep) {
-          T* dst = t.data + t.offset(row0 + m * kAtom, n * kAtom, Atom::row(Atom::row_slot(i)),
-                                     Atom::col(i));
-          if constexpr (kStep == 2) {
-            const T low = from_float<T>(atom[m][n].reg[i]);
-            const T high = from_float<T>(atom[m][n].reg[i + 1]);
-            *reinterpret_cast<uint32_t*>(dst) = reinterpret_cast<const uint16_t&>(low) |
-                                                reinterpret_cast<const uint16_t&>(high) << 16;
-          } else {
-            *dst = from_float<T>(atom[m][n].reg[i]);
-          }
+          for (int p = 0; p < kParts; ++p)
+            store_atom<bf16_t>(parts.of[p], plane(t, p), row0 + m * kAtom,
+                               col0 + n * kAtom * kEvery);
+        } else {
+          store_atom<T>(atom[m][n], t, row0 + m * kAtom, col0 + n * kAtom * kEvery);
         }
+      }
+  }
+  // put(address, value) or put(address, value, the next column's) for every element, where
+  // row(m, slot) is {address of column 0, null for none; what to flip in the bits of columns}.
+  template <typename Row, typename Put>
+  FX_DEVICE void put_rows(Row row, Put put) const {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int slot = 0; slot < Atom::kRowsPerLane; ++slot) {
+        const auto [dst, flip] = row(m, slot);
+        if (!dst) continue;
+#pragma unroll
+        for (int n = 0; n < kN; ++n)
+#pragma unroll
+          for (int i = 0; i < Atom::kAccRegs; ++i) {
+            if (Atom::row_slot(i) != slot) continue;
+            const float* x = atom[m][n].reg + i;
+            float* at = dst + ((n * kAtom * kEvery + Atom::col(i)) ^ flip);
+            if constexpr (!Atom::kColsInPairs) put(at, x[0]);
+            else if (i % 2 == 0) put(at, x[0], x[1]);
+          }
+      }
   }
   FX_DEVICE static int row(int m, int slot) { return m * kAtom + Atom::row(slot); }
   // This lane's first column: the others are constants away from it.
@@ -96,7 +152,7 @@ struct AccTile {
   FX_DEVICE static bool speaks_for_row() { return Atom::col(0) == 0; }
 };
 
-// A 16-bit operand tile in registers.
+// An operand tile in registers.
 template <typename T, int kRows, int kCols>
 struct OperandTile {
   using Atom = MmaAtom<T>;
@@ -124,8 +180,8 @@ struct SharedOperand {
 };
 
 // c[m, n] += a[m, k] * (b of atom n, k), for all atoms; each b is loaded one step before its use.
-template <int kSteps, typename T, int kM, int kN, typename GetA, typename LoadB>
-FX_DEVICE void mma_steps(AccTile<T, kM, kN>& c, GetA get_a, LoadB load_b) {
+template <int kSteps, typename T, int kM, int kN, int kEvery, typename GetA, typename LoadB>
+FX_DEVICE void mma_steps(AccTile<T, kM, kN, kEvery>& c, GetA get_a, LoadB load_b) {
   using Atom = MmaAtom<T>;
   constexpr int kAtomsM = kM / kAtom, kAtomsN = kN / kAtom;
   typename Atom::A a[2][kAtomsM];
@@ -159,15 +215,7 @@ FX_DEVICE void mma_abt(AccTile<T, kM, kN>& c, const Operand& a, const Tile& b) {
       [&](int n, int k) { return MmaAtom<T>::load_b(b, n * kAtom, k * kAtom); });
 }
 
-// c[m, n] += a[m, k] * b[k, n], likewise.
-template <int kK, typename T, int kM, int kN, typename Operand, typename Tile>
-FX_DEVICE void mma_ab(AccTile<T, kM, kN>& c, const Operand& a, const Tile& b) {
-  mma_steps<kK / kAtom>(
-      c, [&](int m, int k) { return a.get(m, k); },
-      [&](int n, int k) { return MmaAtom<T>::load_b_transposed(b, n * kAtom, k * kAtom); });
-}
-
-// The same with an accumulator for a, rounded to T.
+// c[m, n] += a[m, k] * b[k, n]; a an accumulator, rounded to T; b in shared memory.
 template <typename T, int kM, int kN, int kK, typename Tile>
 FX_DEVICE void mma_ab(AccTile<T, kM, kN>& c, const AccTile<T, kM, kK>& a, const Tile& b) {
   mma_steps<kK / kAtom>(

@@ -43,20 +43,27 @@ struct MmaAtom {
   template <typename Tile>
   FX_DEVICE static A load_a(const Tile& t, int row0, int k0) {
     A a;
-    ldmatrix<false>(a.reg, t.data, t.offset(row0, k0, lane_id() % 16, lane_id() / 16 * 8));
+    ldmatrix<false>(a.reg, t, row0, k0, lane_id() % 16, lane_id() / 16 * 8);
+    return a;
+  }
+  template <typename Tile>  // t is [k, q]
+  FX_DEVICE static A load_a_transposed(const Tile& t, int row0, int k0) {
+    A a;
+    const unsigned row = lane_id() % 8 + lane_id() / 16 * 8;
+    ldmatrix<true>(a.reg, t, k0, row0, row, lane_id() / 8 % 2 * 8);
     return a;
   }
   template <typename Tile>  // t is [n, k]
   FX_DEVICE static B load_b(const Tile& t, int n0, int k0) {
     B b;
     const unsigned row = lane_id() % 8 + lane_id() / 16 * 8;
-    ldmatrix<false>(b.reg, t.data, t.offset(n0, k0, row, lane_id() / 8 % 2 * 8));
+    ldmatrix<false>(b.reg, t, n0, k0, row, lane_id() / 8 % 2 * 8);
     return b;
   }
   template <typename Tile>  // t is [k, n]
   FX_DEVICE static B load_b_transposed(const Tile& t, int n0, int k0) {
     B b;
-    ldmatrix<true>(b.reg, t.data, t.offset(k0, n0, lane_id() % 16, lane_id() / 16 * 8));
+    ldmatrix<true>(b.reg, t, k0, n0, lane_id() % 16, lane_id() / 16 * 8);
     return b;
   }
 
@@ -80,9 +87,14 @@ struct MmaAtom {
           : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
           : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
-  template <bool kTrans>
-  FX_DEVICE static void ldmatrix(uint32_t* r, const T* data, unsigned offset) {
-    const uint32_t addr = static_cast<uint32_t>(__cvta_generic_to_shared(data)) + 2 * offset;
+  // Four 8x8 matrices of the block at (row0, col0), of which this lane names the row at (row, col).
+  // The tile's alignment lets the swizzle act on whole addresses: one XOR a column of blocks.
+  template <bool kTrans, typename Tile>
+  FX_DEVICE static void ldmatrix(uint32_t* r, const Tile& t, unsigned row0, unsigned col0,
+                                 unsigned row, unsigned col) {
+    const uint32_t lane =
+        static_cast<uint32_t>(__cvta_generic_to_shared(t.data)) + 2 * t.lane_offset(row, col);
+    const uint32_t addr = (lane ^ 2 * t.flip(col0)) + 2 * t.jump(row0, col0);
     if constexpr (kTrans)
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                    : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

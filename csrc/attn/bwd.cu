@@ -1,0 +1,133 @@
+#include "../vendor.h"
+
+#include <algorithm>
+#include <iterator>
+
+#include "../gpu_check.h"
+#include "../tile/platform.h"
+#include "bwd.h"
+#include "load_tile.h"
+
+namespace flash_ext {
+namespace {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+// Rows that cannot be read or written 16 bytes at a time, and options that change scores.
+bool needs_general(const AttnBwdParams& p) {
+  const int bytes = element_bytes(p.dtype);
+  bool chunks = (p.head_dim | p.head_dim_v) * bytes % 16 == 0;
+  for (const TensorView& t : {p.q, p.k, p.v, p.grad_o, p.dk, p.dv})
+    chunks = chunks && in_chunks(t, bytes);
+  return !chunks || p.mask.data || p.softcap > 0 || p.alibi_slopes || p.dropout_threshold;
+}
+
+// Whether several products add to one element of dmask.
+bool dmask_is_shared(const AttnBwdParams& p) {
+  return p.dmask &&
+         ((p.dmask_batch_stride == 0 && p.batch > 1) ||
+          (p.dmask_head_stride == 0 && p.heads_q > 1) || (p.dmask_q_stride == 0 && p.seq_q > 1) ||
+          (p.dmask_kv_stride == 0 && p.seq_kv > 1));
+}
+
+// The fewest chains that leave no part of the device idle for long: each costs a sum of dq.
+int choose_chains(int64_t groups, int64_t blocks_kv, int64_t slots) {
+  constexpr int kMostChains = 16;
+  int best = 1;
+  int64_t best_time = 0;
+  for (int chains = 1; chains <= std::min<int64_t>(kMostChains, blocks_kv); ++chains) {
+    const int64_t time = ceil_div(groups * chains, slots) * ceil_div(blocks_kv, chains);
+    if (chains == 1 || time * 20 < best_time * 19) best = chains, best_time = time;
+  }
+  return best;
+}
+
+template <DType kDType>
+BwdLauncher find_bwd_of_dtype(BwdVariant v) {
+  switch (v.head_dim) {
+    case 32: return find_bwd<kDType, 32>(v);
+    case 64: return find_bwd<kDType, 64>(v);
+    case 96: return find_bwd<kDType, 96>(v);
+    case 128: return find_bwd<kDType, 128>(v);
+    case 192: return find_bwd<kDType, 192>(v);
+    default: return find_bwd<kDType, 256>(v);
+  }
+}
+
+BwdLauncher find_bwd_of(BwdVariant v) {
+  switch (v.dtype) {
+    case DType::f16: return find_bwd_of_dtype<DType::f16>(v);
+    case DType::bf16: return find_bwd_of_dtype<DType::bf16>(v);
+    default: return find_bwd_of_dtype<DType::f32>(v);
+  }
+}
+
+}  // namespace
+
+BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic) {
+  const int64_t wide = std::max(p.head_dim, p.head_dim_v);
+  const int* head_dim = std::lower_bound(std::begin(kFwdHeadDims), std::end(kFwdHeadDims), wide);
+  FX_CHECK(head_dim != std::end(kFwdHeadDims), "q: expected head_dim of at most 256, got ", wide);
+  FX_CHECK(p.dtype != DType::f64, "q: expected float16, bfloat16 or float32 on a GPU");
+  FX_CHECK(!deterministic || !dmask_is_shared(p),
+           "deterministic: the gradient of a broadcast attn_mask is not, on a GPU");
+  const int64_t pack = p.heads_q / std::max<int64_t>(p.heads_kv, 1);
+  constexpr int64_t kMostRows = int64_t{1} << 29;
+  FX_CHECK(p.seq_q * pack < kMostRows && p.seq_kv < kMostRows,
+           "q, k: expected sequences below 2^29 rows");
+
+  BwdPlan plan{{p.dtype, *head_dim, needs_general(p)}, {p}};
+  BwdArgs& args = plan.args;
+  BwdTile tile = bwd_tile(plan.variant, kAmd);
+  if (tile.smem_bytes(plan.variant, gpu.adds_async) > gpu.smem_per_block) {
+    plan.variant.general = true;
+    tile = bwd_tile(plan.variant, kAmd);
+  }
+  const int smem_bytes = tile.smem_bytes(plan.variant, gpu.adds_async);
+  FX_CHECK(smem_bytes <= gpu.smem_per_block, "q: the gradient of head_dim ", wide,
+           " in this dtype needs ", smem_bytes, " bytes of shared memory, this GPU has ",
+           gpu.smem_per_block);
+  args.pack = Divisor(static_cast<int>(pack));
+  args.blocks_kv = static_cast<int>(ceil_div(p.seq_kv, tile.block_kv));
+  args.groups = p.batch * p.heads_kv;
+  args.rows = p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;
+  args.dq_cols = *head_dim;
+  args.dq_flip = tile.async_dq && gpu.adds_async ? 8 : 0;
+  args.chains = args.blocks_kv;
+  const int64_t slots = int64_t{gpu.multiprocessors} * tile.blocks_per_sm;
+  if (deterministic) {
+    args.chains = choose_chains(args.groups, args.blocks_kv, slots);
+    args.dq_chain_stride = args.rows * args.dq_cols;
+  }
+  // q, grad_o and the sums of dq.
+  const int64_t group_bytes =
+      p.seq_q * pack * ((p.head_dim + p.head_dim_v) * element_bytes(p.dtype) + args.dq_cols * 4);
+  args.groups_at_once = static_cast<int>(std::clamp<int64_t>(
+      gpu.l2_bytes / 2 / std::max<int64_t>(group_bytes, 1), 1, std::max<int64_t>(args.groups, 1)));
+  return plan;
+}
+
+int64_t BwdPlan::dq_floats() const { return args.dq_sums() * args.rows * args.dq_cols; }
+
+int64_t BwdPlan::scratch_floats() const { return dq_floats() + 2 * args.rows; }
+
+void BwdPlan::use_scratch(float* scratch) {
+  args.dq = scratch;
+  args.stats = reinterpret_cast<RowStats*>(scratch + dq_floats());
+}
+
+void launch_bwd(const BwdPlan& plan, const GpuFacts& gpu, void* stream) {
+  const BwdArgs& args = plan.args;
+  if (args.rows > 0) {
+    FX_CUDA_CHECK(cudaMemsetAsync(args.dq, 0, plan.dq_floats() * sizeof(float),
+                                  static_cast<stream_t>(stream)));
+    launch_bwd_stats(plan, stream);
+  }
+  if (args.params.dsinks) launch_bwd_dsinks(plan, stream);
+  if (args.groups * args.chains > 0) find_bwd_of(plan.variant)(args, gpu, stream);
+  if (args.rows > 0) launch_bwd_finish(plan, stream);
+}
+
+}  // namespace flash_ext

@@ -1,0 +1,44 @@
+// What the backward kernels are told besides AttnBwdParams: how the work is cut. Made by bwd.cu.
+#pragma once
+#include "divisor.h"
+#include "params.h"
+
+namespace flash_ext {
+
+// Of a query row: what its scores and their gradients are compared with.
+struct RowStats {
+  float lse;    // to base 2; +inf where the row sees no key, so that every weight becomes 0
+  float delta;  // sum of grad_o * o, less the gradient of lse
+};
+
+struct BwdArgs {
+  AttnBwdParams params;
+  Divisor pack;            // all heads that share a KV head are packed, see RowGroup
+  int blocks_kv = 0;       // blocks of keys that the longest sequence fills
+  int64_t groups = 0;      // batch * heads_kv
+  int groups_at_once = 1;  // whose tensors stay in the L2 cache together
+  // Blocks of keys that run side by side; each thread block takes every chains-th. All of them, or,
+  // where results must repeat bit for bit, few: each chain then has its own sum of dq.
+  int chains = 1;
+  // Of all query rows, in the order (KV head or (batch, KV head), query, head of the group).
+  int64_t rows = 0;
+  RowStats* stats = nullptr;    // [rows]
+  float* dq = nullptr;          // [1 or chains, rows, dq_cols]: sums without the factor scale
+  int dq_cols = 0;              // the kernel's head_dim
+  int64_t dq_chain_stride = 0;  // 0: all chains add to one
+
+  // Column c of row r of a sum lies at c ^ (r % 4 * dq_flip): 8 where sums go through shared
+  // memory, where it keeps rows in different banks; else 0.
+  int dq_flip = 0;
+
+  constexpr int dq_sums() const { return dq_chain_stride ? chains : 1; }
+
+  // Index of a group's first row; first_q is where its sequence starts in packed tensors.
+  constexpr int64_t first_row(int64_t batch, int64_t kv_head, int64_t first_q) const {
+    const AttnParams& p = params;
+    if (p.cu_seqlens_q) return (kv_head * p.lse_head_stride + first_q) * pack.by;
+    return (batch * p.heads_kv + kv_head) * p.seq_q * pack.by;
+  }
+};
+
+}  // namespace flash_ext

@@ -1,0 +1,5 @@
+#include "../vendor.h"
+
+#include "bwd_launch.h"
+
+namespace flash_ext { template BwdLauncher find_bwd<DType::f16, 32>(BwdVariant); }

@@ -1,0 +1,5 @@
+#include "../vendor.h"
+
+#include "fwd_launch.h"
+
+namespace flash_ext { template FwdLauncher find_fwd<DType::f32, 256>(FwdVariant); }
