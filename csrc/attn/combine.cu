@@ -22,10 +22,10 @@ FX_DEVICE float warp_reduce(float x, Op op) {
 // One thread block a row, the rows in the order of lse; each warp sums some of the splits.
 template <typename T>
 __global__ void __launch_bounds__(kMostWarps* kWarpSize) combine_kernel(const FwdArgs args) {
-  constexpr int kLaneSplits = kMostSplits / kWarpSize;   // whose lse a lane reads
+  constexpr int kLaneSplits = kMostSplits / kWarpSize;  // whose lse a lane reads
   constexpr int kPasses = kMostCols / (4 * kWarpSize);  // columns are read four at a time
   __shared__ float weight[kMostSplits];
-  __shared__ float4 partial[kMostWarps][kMostCols / 4];
+  __shared__ __align__(16) float partial[kMostWarps][kMostCols];
   const AttnParams& p = args.params;
   const unsigned row = blockIdx.x;
   const int lane = lane_id(), warp = warp_id(), warps = blockDim.x / kWarpSize;
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize) combine_kernel(const Fw
       const float4& x = o_part[i][pass];
       total = {total.x + w * x.x, total.y + w * x.y, total.z + w * x.z, total.w + w * x.w};
     }
-    partial[warp][lane + pass * kWarpSize] = total;
+    *reinterpret_cast<float4*>(&partial[warp][(lane + pass * kWarpSize) * 4]) = total;
   }
   __syncthreads();  // all warps' sums are there
 
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize) combine_kernel(const Fw
          i_q * p.o.seq_stride;
   for (int col = threadIdx.x; col < cols; col += blockDim.x) {
     float x = 0.f;
-    for (int w = 0; w < warps; ++w) x += reinterpret_cast<const float*>(partial[w])[col];
+    for (int w = 0; w < warps; ++w) x += partial[w][col];
     o[col] = from_float<T>(sum == 0.f ? 0.f : x / sum);
   }
 }

@@ -22,8 +22,7 @@ struct FwdConfig {
   static constexpr int kThreads = kTile.warps * kWarpSize;  // device code only
   static constexpr bool kIssueBound = kTile.issue_bound;
   // Blocks that every row sees all of get a loop of their own, without the tests.
-  static constexpr bool kWholeApart =
-      kIssueBound && !kGeneral && kVariant.rows == FwdRows::many;
+  static constexpr bool kWholeApart = kIssueBound && !kGeneral && kVariant.rows == FwdRows::many;
   // AMD's compilers read the second number of __launch_bounds__ as something else.
   static constexpr int kBlocksPerSm = kAmd ? 1 : kTile.blocks_per_sm;
 
@@ -209,8 +208,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const float scale =
       Config::kGeneral ? kLog2e : fmaxf(static_cast<float>(p.scale) * kLog2e, 1e-37f);
   // This warp's last rows see no keys of the blocks from warp_end on.
-  const int warp_end =
-      (task.query(row0 + Config::kRowsPerWarp - 1) + task.right) / kBlockKV + 1;
+  const int warp_end = (task.query(row0 + Config::kRowsPerWarp - 1) + task.right) / kBlockKV + 1;
 
   // whole: every row sees all of these blocks, and of the one that is loaded meanwhile.
   const auto blocks_to = [&](int end, auto whole) {

@@ -47,7 +47,8 @@ struct FwdTile {
 // float32: the general tiles, and those of few rows, fit 99 KB of shared memory (AMD: 64 KB, but for
 // head_dim 256).
 constexpr FwdTile fwd_tile_f32(FwdVariant v, bool amd) {
-  if (v.rows == FwdRows::few) return {16, 16, 1, 1, amd ? 1 : 5, v.head_dim <= 64, !amd && v.head_dim <= 192};
+  if (v.rows == FwdRows::few)
+    return {16, 16, 1, 1, amd ? 1 : 5, v.head_dim <= 64, !amd && v.head_dim <= 192};
   if (amd) {
     if (v.head_dim <= 96) return {64, v.head_dim <= 64 ? 32 : 16, 4, 1, 1, false};
     return {v.head_dim <= 128 ? 32 : 16, 16, v.head_dim <= 128 ? 2 : 1, 1, 1, false};

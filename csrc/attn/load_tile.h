@@ -51,8 +51,8 @@ struct Chunks {
 // Starts to copy rows of 16-byte chunks, which lie `stride` apart, into a tile; `mine` is where this
 // thread's first chunk is. Rows from `rows` (kWhole: none is missing) and columns from `cols` on
 // become zero and are not read.
-template <int kThreads, bool kWhole, template <typename, int, int> class Tile, typename T, int kRows,
-          int kCols>
+template <int kThreads, bool kWhole, template <typename, int, int> class Tile, typename T,
+          int kRows, int kCols>
 FX_DEVICE void load_rows(Tile<T, kRows, kCols> dst, const T* mine, int64_t stride, int rows,
                          int cols) {
   using Mine = Chunks<kThreads, kRows, kCols / 8>;

@@ -21,13 +21,13 @@ struct OnlineSoftmax {
   // Turns s * scale, the scores, into weights in place, and rescales what o has gathered so far.
   template <int kCols, int kHeadDim>
   FX_DEVICE void step(AccTile<T, kRows, kCols>& s, AccTile<T, kRows, kHeadDim>& o, float scale) {
-    RowVec<T, kRows> top;  // of this lane's elements: the other lanes' are only asked for when needed
+    RowVec<T, kRows>
+        top;  // of this lane's elements: the other lanes' are only asked for when needed
     top.fill(-INFINITY);
     s.for_each([&](float& x, int m, int r, int) { top.v[m][r] = fmaxf(top.v[m][r], x); });
     bool grown = false;
-    top.for_each([&](float& x, int m, int r) {
-      grown |= fmaf(x, scale, -reference.v[m][r]) > kSlack;
-    });
+    top.for_each(
+        [&](float& x, int m, int r) { grown |= fmaf(x, scale, -reference.v[m][r]) > kSlack; });
     if (any_lane(grown)) {
       top.reduce_lanes([](float a, float b) { return fmaxf(a, b); });
       RowVec<T, kRows> decay;
