@@ -35,7 +35,8 @@ FX_DEVICE float mask_value(const MaskView& mask, int64_t offset) {
 template <typename T, int kRows, int kCols>
 struct MaskBlock {
   using Scores = AccTile<T, kRows, kCols>;
-  static constexpr bool kPairs = MmaAtom<T>::kColsInPairs;
+  // float32's tiles have no registers to spare.
+  static constexpr bool kPairs = MmaAtom<T>::kColsInPairs && !std::is_same_v<T, float>;
   const AttnParams& p;
   RowVec<T, kRows, int64_t> row;  // where a row's key 0 is
   bool in_pairs;
