@@ -178,11 +178,17 @@ def cuda_archs(nvcc: Compiler) -> tuple[str, list[str]]:
 
 
 def rocm_archs(hipcc: Compiler) -> tuple[str, list[str]]:
-    """PYTORCH_ROCM_ARCH in words and as flags."""
+    """PYTORCH_ROCM_ARCH in words and as flags. What lacks the matrix instructions of CDNA2 or RDNA3 is left out."""
     default = ";".join(arch for arch, since in ROCM_ARCHS.items() if hipcc.version >= since)
     wish = os.environ.get("PYTORCH_ROCM_ARCH") or default
-    archs = re.findall(r"[^;,\s]+", wish)
-    for arch in archs:
+    archs = []
+    for arch in re.findall(r"[^;,\s]+", wish):
         if not re.fullmatch(r"gfx[0-9a-f]+(:[a-z]+[+-])*", arch):
             fail(f"PYTORCH_ROCM_ARCH={wish}: expected something like {default}, got {arch}")
+        if re.match(r"gfx(90a|942|950|1[12]\d\d)(:|$)", arch):
+            archs.append(arch)
+        else:
+            note(f"PYTORCH_ROCM_ARCH: {arch} is left out, the kernels need gfx90a, gfx942, gfx950, gfx11 or gfx12")
+    if not archs:
+        fail(f"PYTORCH_ROCM_ARCH={wish}: no architecture in it that the kernels are for")
     return ";".join(archs), [f"--offload-arch={arch}" for arch in archs]

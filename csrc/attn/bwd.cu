@@ -67,7 +67,7 @@ BwdLauncher find_bwd_of(BwdVariant v) {
 }  // namespace
 
 BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic) {
-  const int64_t wide = std::max(p.head_dim, p.head_dim_v);
+  const int64_t wide = std::max<int64_t>(p.head_dim, p.head_dim_v);
   const int* head_dim = std::lower_bound(std::begin(kFwdHeadDims), std::end(kFwdHeadDims), wide);
   FX_CHECK(head_dim != std::end(kFwdHeadDims), "q: expected head_dim of at most 256, got ", wide);
   FX_CHECK(p.dtype != DType::f64, "q: expected float16, bfloat16 or float32 on a GPU");

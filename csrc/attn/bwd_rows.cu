@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(const BwdArgs args) {
   const AttnBwdParams& p = args.params;
   const int64_t index = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kLanesOfRow;
   const int lane = threadIdx.x % kLanesOfRow;
-  const Row row(p, std::min(index, args.rows - 1));  // all lanes take part in the sum
+  const Row row(p, std::min<int64_t>(index, args.rows - 1));  // all lanes take part in the sum
   const T* o = static_cast<const T*>(p.o.data) + row.offset(p.o);
   const T* grad_o = static_cast<const T*>(p.grad_o.data) + row.offset(p.grad_o);
   const int cols = static_cast<int>(p.head_dim_v);

@@ -37,7 +37,7 @@ struct BwdTile {
 constexpr BwdTile bwd_tile_f32(BwdVariant v, bool amd) {
   if (amd) {
     if (v.head_dim <= 64) return {32, 32, 2, 1, 16, 1, 16, v.head_dim, 1, false};
-    return {16, 16, 1, 1, 16, 1, 16, 32, 1, false};
+    return {16, 16, 1, 1, 16, 1, 16, v.head_dim / (v.head_dim == 96 ? 2 : 4), 1, false};
   }
   switch (v.head_dim) {
     case 32: return {64, 64, 4, 1, 32, 1, 16, 32, 2, false};
@@ -55,10 +55,12 @@ constexpr BwdTile bwd_tile_f32(BwdVariant v, bool amd) {
 // The general tiles fit 99 KB of shared memory (AMD: 64 KB).
 constexpr BwdTile bwd_tile(BwdVariant v, bool amd) {
   if (v.dtype == DType::f32) return bwd_tile_f32(v, amd);
-  if (amd) {
-    if (v.head_dim <= 96) return {64, 64, 4, 1, 32, 1, 16, v.head_dim, 1, false};
-    if (v.head_dim == 128) return {64, 32, 4, 1, 32, 1, 16, 64, 1, false};
-    if (v.head_dim == 192) return {32, 32, 2, 1, 16, 1, 16, 48, 1, false};
+  if (amd) {  // never run there: chosen for no or few spilled registers
+    if (v.head_dim == 32) return {64, 64, 4, 1, 32, 1, 16, 32, 1, false};
+    if (v.head_dim == 64) return {64, 64, 4, 1, v.general ? 16 : 32, 1, 16, 64, 1, false};
+    if (v.head_dim == 96) return {32, 32, 2, 2, 16, 1, 16, 48, 1, false};
+    if (v.head_dim == 128) return {64, 32, 4, 2, 16, 1, 16, 32, 1, false};
+    if (v.head_dim == 192) return {32, 32, 2, 2, 16, 1, 16, 96, 1, false};
     return {16, 32, 1, 2, 16, 1, 16, 32, 1, false};
   }
   if (v.general) {

@@ -39,7 +39,7 @@ int choose_splits(const FwdVariant& v, const FwdTile& tile, int64_t tiles, int64
   double best_time = 0;
   for (int splits = 1; splits <= std::min<int64_t>(kMostSplits, blocks_kv); ++splits) {
     const double rounds = ceil_div(tiles * splits, slots);
-    const double memory = bytes * std::min(tiles * splits, slots) / kBytes;
+    const double memory = bytes * std::min<int64_t>(tiles * splits, slots) / kBytes;
     const double block = std::sqrt(compute * compute + memory * memory);
     const double merge = splits > 1 ? kMerge + 8.0 * output_values * splits / kBytes : 0;
     const double time = rounds * (ceil_div(blocks_kv, splits) * block + kStart) + merge;
@@ -72,7 +72,7 @@ FwdLauncher find_fwd_of(FwdVariant v) {
 
 FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   const int64_t group = p.heads_q / std::max<int64_t>(p.heads_kv, 1);
-  const int64_t wide = std::max(p.head_dim, p.head_dim_v);
+  const int64_t wide = std::max<int64_t>(p.head_dim, p.head_dim_v);
   const int* head_dim = std::lower_bound(std::begin(kFwdHeadDims), std::end(kFwdHeadDims), wide);
   FX_CHECK(head_dim != std::end(kFwdHeadDims), "q: expected head_dim of at most 256, got ", wide);
   FX_CHECK(p.dtype != DType::f64, "q: expected float16, bfloat16 or float32 on a GPU");
@@ -117,7 +117,7 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   // A window leaves fewer keys to divide.
   int64_t seen = p.seq_kv;
   if (p.window_left >= 0 && p.window_right >= 0)
-    seen = std::min(seen, p.window_left + p.window_right + ceil_div(tile.block_q, pack));
+    seen = std::min<int64_t>(seen, p.window_left + p.window_right + ceil_div(tile.block_q, pack));
   const int64_t slots = int64_t{gpu.multiprocessors} * tile.blocks_per_sm;
   args.partial_rows =
       p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;

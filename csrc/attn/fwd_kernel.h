@@ -40,8 +40,8 @@ struct FwdConfig {
                                       SharedOperand<T, QTile>>;
 };
 
-// Copies one KV head's keys or values, a block after the other: load starts it, and once the
-// thread's copies have arrived, finish ends it.
+// Copies one KV head's keys or values, a block after the other. With staging, load starts it and
+// finish ends it.
 template <typename Config>
 struct KvLoader {
   using T = typename Config::T;
@@ -77,8 +77,10 @@ struct KvLoader {
     next += Config::kBlockKV * stride;
     rows -= Config::kBlockKV;
   }
+  // The newest load is still on its way, and another's.
   FX_DEVICE void finish(typename Config::KvTile dst) const {
-    if constexpr (Config::kTile.staged) typename Config::Staging{staging}.finish(dst);
+    copy_wait<1>();
+    typename Config::Staging{staging}.finish(dst);
   }
 };
 
@@ -133,6 +135,7 @@ FX_DEVICE void write_output(typename Config::Output& o, typename Config::QTile q
   using T = typename Config::T;
   const AttnParams& p = args.params;
   const int head_dim = static_cast<int>(p.head_dim_v);
+  copy_wait<0>();  // q has arrived, also where there was no block of keys to wait for it
   if (args.splits > 1) {
     RowVec<T, Config::kRowsPerWarp, float*> out;  // null: no such row
     out.for_each([&](float*& x, int m, int r) {
@@ -145,7 +148,6 @@ FX_DEVICE void write_output(typename Config::Output& o, typename Config::QTile q
     });
     return;
   }
-  copy_wait<0>();   // q has arrived, also where there was no block of keys to wait for it
   __syncthreads();  // nobody reads q any more
   o.store(q_smem, warp_row);
   __syncthreads();  // the whole tile is there
@@ -159,6 +161,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     attn_fwd_kernel(const FwdArgs args) {
   using T = typename Config::T;
   constexpr int kStages = Config::kStages, kBlockKV = Config::kBlockKV;
+  constexpr bool kStaged = Config::kTile.staged;
+  static_assert(!kStaged || kStages == 1);
   const AttnParams& p = args.params;
   const FwdTask task = fwd_task<Config::kBlockQ, kBlockKV>(args);
   if (task.row0 >= task.rows) return;  // this sequence is shorter than the longest
@@ -174,10 +178,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const auto v_smem = [&](unsigned block) {
     return KvTile::in(smem + QTile::kBytes + (kStages + block % kStages) * KvTile::kBytes);
   };
-  static_assert(!Config::kTile.staged || kStages == 1);  // the two share it, in turns
   float* staging = reinterpret_cast<float*>(smem + QTile::kBytes + 2 * kStages * KvTile::kBytes);
   KvLoader<Config> keys(p.k, task, static_cast<int>(p.head_dim), staging);
-  KvLoader<Config> values(p.v, task, static_cast<int>(p.head_dim_v), staging);
+  KvLoader<Config> values(p.v, task, static_cast<int>(p.head_dim_v),
+                          staging + kBlockKV * Config::kHeadDim);
 
   load_tile<Config::kThreads, !Config::kGeneral>(
       q_smem, [&](int row) { return static_cast<const T*>(p.q.data) + task.offset(p.q, row); },
@@ -185,7 +189,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   int block = task.block_begin;
   if (block < task.block_end) {
     keys.load(k_smem(block));
-    if constexpr (kStages == 2) values.load(v_smem(block));
+    if constexpr (kStaged) copy_commit();
+    if constexpr (kStages == 2 || kStaged) values.load(v_smem(block));
   }
   copy_commit();
 
@@ -210,23 +215,32 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   // This warp's last rows see no keys of the blocks from warp_end on.
   const int warp_end = (task.query(row0 + Config::kRowsPerWarp - 1) + task.right) / kBlockKV + 1;
 
+  // Half of the warps split between barriers before they multiply, the others after it: so the
+  // matrix units have work while the arithmetic ones split.
+  const bool splits_first = Config::kTile.warps > 4 && warp_id() / 4 % 2;
+  if constexpr (kStaged)
+    if (block < task.block_end) keys.finish(k_smem(block));
+
   // whole: every row sees all of these blocks, and of the one that is loaded meanwhile.
   const auto blocks_to = [&](int end, auto whole) {
     constexpr bool kWhole = decltype(whole)::value;
     for (; block < end; ++block) {
       const int next = block + 1, kv0 = block * kBlockKV;
-      const bool seen = kWhole || block < warp_end;
+      const bool more = kWhole || next < task.block_end;
+      const bool seen = kWhole || kStaged || block < warp_end;
       const auto load_next = [&] {
-        if (kWhole || next < task.block_end) {
+        if (more) {
           keys.template load<kWhole>(k_smem(next));
           if constexpr (kStages == 2) values.template load<kWhole>(v_smem(next));
         }
         copy_commit();
       };
-      copy_wait<0>();
-      keys.finish(k_smem(block));
+      if constexpr (!kStaged) copy_wait<0>();
       __syncthreads();  // this block has arrived; nobody reads the one before any more
-      if constexpr (kStages == 1) {
+      if constexpr (kStaged) {
+        load_next();
+        if (splits_first) values.finish(v_smem(block));
+      } else if constexpr (kStages == 1) {
         values.template load<kWhole>(v_smem(block));
         copy_commit();
       } else if constexpr (!Config::kIssueBound) {
@@ -239,12 +253,19 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       s.clear();
       if (seen) mma_abt<Config::kHeadDim>(s, q, k_smem(block));  // s = q k^T
 
-      if constexpr (kStages == 1) {
+      if constexpr (kStaged) {
+        if (!splits_first) values.finish(v_smem(block));
+        __syncthreads();  // v is split; nobody reads k any more
+        if (more) values.load(v_smem(next));
+        copy_commit();
+        if (splits_first && more) keys.finish(k_smem(next));
+      } else if constexpr (kStages == 1) {
         copy_wait<0>();
-        values.finish(v_smem(block));
         __syncthreads();  // v has arrived; nobody reads k any more
+        load_next();
+      } else if constexpr (Config::kIssueBound) {
+        load_next();
       }
-      if constexpr (kStages == 1 || Config::kIssueBound) load_next();
       if (!seen) continue;
 
       if constexpr (Config::kGeneral) {
@@ -257,6 +278,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       if constexpr (Config::kGeneral)
         if (p.dropout_threshold) apply_dropout(s, p, task, row0, kv0);
       mma_ab(o, s, v_smem(block));  // o += p v
+      if constexpr (kStaged)
+        if (!splits_first && more) keys.finish(k_smem(next));
     }
   };
   if constexpr (Config::kWholeApart) {

@@ -40,27 +40,32 @@ struct FwdTile {
     const int bytes = v.dtype == DType::f32 ? 6 : 2;  // as the tiles' kBytes
     const int cols = issue_bound ? v.head_dim + 8 : v.head_dim;
     return (block_q + 2 * stages * block_kv) * cols * bytes +
-           (staged ? 4 * block_kv * v.head_dim : 0);
+           (staged ? 8 * block_kv * v.head_dim : 0);
   }
 };
 
 // float32: the general tiles, and those of few rows, fit 99 KB of shared memory (AMD: 64 KB, but for
 // head_dim 256).
 constexpr FwdTile fwd_tile_f32(FwdVariant v, bool amd) {
-  if (v.rows == FwdRows::few)
-    return {16, 16, 1, 1, amd ? 1 : 5, v.head_dim <= 64, !amd && v.head_dim <= 192};
+  if (v.rows == FwdRows::few) return {16, 16, 1, 1, amd ? 1 : 4, false, !amd && v.head_dim <= 192};
   if (amd) {
     if (v.head_dim <= 96) return {64, v.head_dim <= 64 ? 32 : 16, 4, 1, 1, false};
     return {v.head_dim <= 128 ? 32 : 16, 16, v.head_dim <= 128 ? 2 : 1, 1, 1, false};
   }
-  if (v.general && v.head_dim == 128) return {64, 16, 4, 1, 2, false, true};
+  if (v.head_dim <= 64) return {128, 32, 4, 1, 2, false, true};
+  if (v.general) {
+    switch (v.head_dim) {
+      case 96: return {64, 32, 4, 1, 1, false, true};
+      case 128: return {64, 16, 4, 1, 1, false, true};
+      case 192: return {32, 16, 2, 1, 1, false, true};
+      default: return {32, 16, 2, 1, 1, false};
+    }
+  }
   switch (v.head_dim) {
-    case 32:
-    case 64: return {128, 32, 4, 1, 2, false, true};
     case 96:
-    case 128: return {64, 32, 4, 1, 2, false, true};
-    case 192: return {32, 16, 2, 1, 2, false, true};
-    default: return {32, 16, 2, 1, 2, false};
+    case 128: return {128, 32, 8, 1, 1, v.head_dim == 128, true};
+    case 192: return {128, 16, 8, 1, 1, false, true};
+    default: return {96, 16, 6, 1, 1, false, true};
   }
 }
 
@@ -69,10 +74,12 @@ constexpr FwdTile fwd_tile_f32(FwdVariant v, bool amd) {
 constexpr FwdTile fwd_tile(FwdVariant v, bool amd) {
   if (v.dtype == DType::f32) return fwd_tile_f32(v, amd);
   const bool few = v.rows == FwdRows::few, small = v.head_dim <= 128;
-  const int block_kv = small ? 64 : 32;
-  if (amd) return {few ? 16 : 64, block_kv, few ? 1 : 4, 1, 1, small};
+  if (amd) {  // never run there: chosen for no or few spilled registers, and two thread blocks in 64 KB
+    const bool q_in_regs = v.head_dim <= (v.general ? 64 : 128);
+    return {few ? 16 : 64, 32, few ? 1 : 4, 1, 1, q_in_regs};
+  }
   if (few) return {16, 32, 1, 2, 6, small};
-  if (v.general) return {64, block_kv, 4, 1, 2, small, false, small};
+  if (v.general) return {64, small ? 64 : 32, 4, 1, 2, small, false, small};
   if (v.rows == FwdRows::some) return {64, 64, 4, 2, 2, true, false, true};
   switch (v.head_dim) {
     case 32: return {128, 64, 4, 2, 3, false};

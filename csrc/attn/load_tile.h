@@ -80,7 +80,9 @@ FX_DEVICE void load_tile(Tile<T, kRows, kCols> dst, Address address, int row0, i
       const auto [row, col] = Mine::at(step);
       if (kRows % Mine::kRowStep && row >= kRows) break;
       const int count = row0 + row < rows ? std::clamp(cols - col, 0, 8) : 0;
-      copy_async(dst.at(row, col), address(row0 + row) + col, 2 * count);
+      // AMD's copy reads 16 bytes in any case: where nothing is wanted, those of a row that is there.
+      const bool skip = kAmd && count == 0;
+      copy_async(dst.at(row, col), address(skip ? row0 : row0 + row) + (skip ? 0 : col), 2 * count);
     }
   } else {
 #pragma unroll 1
@@ -98,7 +100,7 @@ template <int kThreads, bool kInChunks, template <typename, int, int> class Tile
 FX_DEVICE void store_tile(Tile<T, kRows, kCols> src, Address address, int row0, int rows, int cols,
                           bool in_chunks) {
   constexpr int kChunks = kCols / 8;
-#pragma unroll(kInChunks ? 4 : 1)
+#pragma unroll kInChunks ? 4 : 1
   for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
     const int row = i / kChunks, col = i % kChunks * 8;
     if (row0 + row >= rows || col >= cols) continue;
@@ -145,7 +147,7 @@ FX_DEVICE void load_tile(SharedTile<float, kRows, kCols> dst, Address address, i
                          int cols, bool in_chunks) {
   using Mine = FloatChunks<kThreads, kRows, kCols>;
   constexpr int kTogether = kInChunks ? std::min(8, Mine::kSteps) : 1;
-#pragma unroll(kInChunks ? Mine::kSteps : 1)
+#pragma unroll kInChunks ? Mine::kSteps : 1
   for (int first = 0; first < Mine::kSteps; first += kTogether) {
     float4 four[kTogether];
 #pragma unroll
@@ -170,7 +172,7 @@ struct Staging {
 
   template <typename Address>
   FX_DEVICE void start(Address address, int row0, int rows, int cols, bool in_chunks) const {
-#pragma unroll(kInChunks ? Mine::kSteps : 1)
+#pragma unroll kInChunks ? Mine::kSteps : 1
     for (int step = 0; step < Mine::kSteps; ++step) {
       const auto [row, col] = Mine::at(step);
       if (kRows % Mine::kRowStep && row >= kRows) break;
@@ -200,7 +202,7 @@ template <int kThreads, bool kInChunks, int kRows, int kCols, typename Address>
 FX_DEVICE void store_tile(SharedTile<float, kRows, kCols> src, Address address, int row0, int rows,
                           int cols, bool in_chunks) {
   constexpr int kChunks = kCols / 4;
-#pragma unroll(kInChunks ? 4 : 1)
+#pragma unroll kInChunks ? 4 : 1
   for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
     const int row = i / kChunks, col = i % kChunks * 4;
     if (row0 + row >= rows || col >= cols) continue;

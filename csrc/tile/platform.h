@@ -12,6 +12,10 @@
 #define FX_DEVICE __device__ __forceinline__
 #define FX_HOST_DEVICE __host__ __device__ __forceinline__
 
+#if !FX_AMD
+#include "nvidia/ptx.h"
+#endif
+
 namespace flash_ext {
 
 inline constexpr bool kAmd = FX_AMD;
@@ -48,9 +52,7 @@ FX_DEVICE float fast_exp2(float x) {
 #if FX_AMD
   return __builtin_amdgcn_exp2f(x);
 #else
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
+  return ptx::ex2(x);
 #endif
 }
 

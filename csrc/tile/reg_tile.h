@@ -205,6 +205,10 @@ FX_DEVICE void mma_steps(AccTile<T, kM, kN, kEvery>& c, GetA get_a, LoadB load_b
       for (int m = 0; m < kAtomsM; ++m) Atom::mma(c.atom[m][n], a[k % 2][m], b[step % 2]);
     }
   }
+#pragma unroll
+  for (int m = 0; m < kAtomsM; ++m)
+#pragma unroll
+    for (int n = 0; n < kAtomsN; ++n) Atom::pin(c.atom[m][n]);
 }
 
 // c[m, n] += a[m, k] * b[n, k]; b in shared memory, a an OperandTile or SharedOperand of kK columns.

@@ -23,8 +23,7 @@ struct SharedTile {
   // and col below that: lane_offset(row, col), computed once, with its bits flip(col0) flipped,
   // plus jump(row0, col0), which the instruction itself adds.
   FX_DEVICE static unsigned lane_offset(unsigned row, unsigned col) {
-    const unsigned swizzle = row / (8 / kSpread) % kSpread;
-    return row * kCols + (col / 8 ^ swizzle) * 8 + col % 8;
+    return row * kCols + in_row(row, col);
   }
   FX_DEVICE static constexpr unsigned flip(unsigned col0) { return col0 % (8 * kSpread); }
   FX_DEVICE static constexpr unsigned jump(unsigned row0, unsigned col0) {
@@ -34,11 +33,21 @@ struct SharedTile {
     return (lane_offset(row, col) ^ flip(col0)) + jump(row0, col0);
   }
 
+  // The same as an address, for AMD's compiler: each part that it knows stands apart, and becomes
+  // part of the instruction. flipped: see ColumnsOf.
+  FX_DEVICE T* at(unsigned row0, unsigned col0, unsigned row, unsigned col,
+                  unsigned flipped = 0) const {
+    return data + jump(row0, col0) + row * kCols + (in_row(row, col) ^ flipped ^ flip(col0));
+  }
+
  private:
   // Rows lie kChunks apart, of which the part modulo 8 (a bank line) counts: kSpread rows are
   // already apart from each other; the XOR moves the others.
   static constexpr unsigned kChunks = kCols / 8, kLowBit = kChunks & -kChunks;
   static constexpr unsigned kSpread = kLowBit < 8 ? kLowBit : 8;
+  FX_DEVICE static unsigned in_row(unsigned row, unsigned col) {
+    return (col / 8 ^ row / (8 / kSpread) % kSpread) * 8 + col % 8;
+  }
 };
 
 // The same, but for 16 bytes after each row instead of the swizzle: rows are an odd number of chunks
@@ -71,6 +80,9 @@ struct ColumnsOf : Tile {
   FX_DEVICE ColumnsOf(const Tile& tile, unsigned col0)
       : Tile{tile.data + Tile::jump(0, col0)}, first(Tile::flip(col0)) {}
   FX_DEVICE auto at(unsigned row, unsigned col) const { return this->data + lane_offset(row, col); }
+  FX_DEVICE auto at(unsigned row0, unsigned col0, unsigned row, unsigned col) const {
+    return Tile::at(row0, col0, row, col, first);
+  }
   FX_DEVICE unsigned lane_offset(unsigned row, unsigned col) const {
     return Tile::lane_offset(row, col) ^ first;
   }

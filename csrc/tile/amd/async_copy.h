@@ -4,21 +4,15 @@
 
 namespace flash_ext {
 
-// Writes 16 bytes to dst_smem: the first `bytes` of src_gmem, then zeros. Both 16-byte aligned;
-// nothing beyond `bytes` is read.
+// Writes 16 bytes to dst_smem: the first `bytes` (even) of src_gmem, then zeros. Both 16-byte aligned;
+// src_gmem is read whole, without a branch, so that many copies are under way together.
 FX_DEVICE void copy_async(void* dst_smem, const void* src_gmem, int bytes) {
-  uint4 chunk = {};
-  if (bytes == 16) {
-    chunk = *static_cast<const uint4*>(src_gmem);
-  } else {
-    const uint16_t* src = static_cast<const uint16_t*>(src_gmem);
-    uint32_t word[4] = {};
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (2 * i < bytes) word[i / 2] |= uint32_t{src[i]} << (16 * (i % 2));
-    chunk = {word[0], word[1], word[2], word[3]};
-  }
-  *static_cast<uint4*>(dst_smem) = chunk;
+  const uint4 chunk = *static_cast<const uint4*>(src_gmem);
+  const auto kept = [bytes](int word) {  // which of its bits
+    return bytes >= 4 * word + 4 ? 0xffffffffu : bytes > 4 * word ? 0xffffu : 0u;
+  };
+  *static_cast<uint4*>(dst_smem) = {chunk.x & kept(0), chunk.y & kept(1), chunk.z & kept(2),
+                                    chunk.w & kept(3)};
 }
 
 // Writes 16 bytes to dst_smem: those of src_gmem, or zeros where they are not there to be read. Both

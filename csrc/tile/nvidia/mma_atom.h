@@ -36,9 +36,11 @@ struct MmaAtom {
   }
 
   FX_DEVICE static void mma(Acc& c, const A& a, const B& b) {
-    mma_16x8(c.reg + 0, a.reg, b.reg + 0);
-    mma_16x8(c.reg + 4, a.reg, b.reg + 2);
+    ptx::mma_m16n8k16<T>(c.reg + 0, a.reg, b.reg + 0);
+    ptx::mma_m16n8k16<T>(c.reg + 4, a.reg, b.reg + 2);
   }
+
+  FX_DEVICE static void pin(Acc&) {}  // see amd/mma_atom.h
 
   template <typename Tile>
   FX_DEVICE static A load_a(const Tile& t, int row0, int k0) {
@@ -70,46 +72,18 @@ struct MmaAtom {
   // The accumulator layout is already the A-operand layout; only the type changes.
   FX_DEVICE static A to_operand(const Acc& c) {
     A a;
-    for (int i = 0; i < 4; ++i) a.reg[i] = pack(c.reg[2 * i], c.reg[2 * i + 1]);
+    for (int i = 0; i < 4; ++i) a.reg[i] = ptx::cvt<T>(c.reg[2 * i], c.reg[2 * i + 1]);
     return a;
   }
 
  private:
-  FX_DEVICE static void mma_16x8(float* c, const uint32_t* a, const uint32_t* b) {
-    if constexpr (std::is_same_v<T, half_t>)
-      asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-          "{%8,%9}, {%0,%1,%2,%3};"
-          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-    else
-      asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-          "{%8,%9}, {%0,%1,%2,%3};"
-          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-  }
   // Four 8x8 matrices of the block at (row0, col0), of which this lane names the row at (row, col).
   // The tile's alignment lets the swizzle act on whole addresses: one XOR a column of blocks.
   template <bool kTrans, typename Tile>
   FX_DEVICE static void ldmatrix(uint32_t* r, const Tile& t, unsigned row0, unsigned col0,
                                  unsigned row, unsigned col) {
-    const uint32_t lane =
-        static_cast<uint32_t>(__cvta_generic_to_shared(t.data)) + 2 * t.lane_offset(row, col);
-    const uint32_t addr = (lane ^ 2 * t.flip(col0)) + 2 * t.jump(row0, col0);
-    if constexpr (kTrans)
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                   : "r"(addr));
-    else
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                   : "r"(addr));
-  }
-  FX_DEVICE static uint32_t pack(float lo, float hi) {
-    uint32_t r;
-    if constexpr (std::is_same_v<T, half_t>)
-      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-    else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-    return r;
+    const uint32_t lane = ptx::shared_address(t.data) + 2 * t.lane_offset(row, col);
+    ptx::ldmatrix<kTrans>(r, (lane ^ 2 * t.flip(col0)) + 2 * t.jump(row0, col0));
   }
 };
 

@@ -1,0 +1,81 @@
+"""The emulator's own tests: each of these mistakes in the AMD kernels makes a case fail, and nothing else does."""
+
+import re
+
+import pytest
+import torch
+from emulated import ROOT, build, installed, missing
+
+from flash_ext.testing import Case, errors, make_inputs, run
+
+pytestmark = [
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+    pytest.mark.filterwarnings("ignore:Warning only once for all operators:UserWarning"),
+]
+ATOM, FORWARD, BACKWARD = "tile/amd/mma_atom.h", "attn/fwd_kernel.h", "attn/bwd_kernel.h"
+
+
+def barriers(file):
+    return re.findall(r"\n *__syncthreads\(\);  // .*", (ROOT / "csrc" / file).read_text())
+
+
+MUTATIONS = {
+    "nothing": ("gfx9",),
+    "acc-columns": ("gfx9", ATOM, "kAccRegs * (lane_id() / 16) + i;", "kAccRegs * (lane_id() / 16) + (i ^ 1);"),
+    "acc-columns-gfx11": ("gfx11", ATOM, "return 2 * i + lane_id() / 16;", "return i + 8 * (lane_id() / 16);"),
+    "operand-columns": ("gfx12", ATOM, ": kOperandRegs * (lane_id() / 16);", ": kOperandRegs * (lane_id() % 2);"),
+    "transposed-columns": ("gfx9", ATOM, "first_k() + i, lane_id() % 16)", "first_k() + i, lane_id() / 4)"),
+    "halves-differ": ("gfx11", ATOM, "odd ? other : c.reg[i]", "c.reg[i]"),
+    "shared-rows": ("gfx9", ATOM, "for (int mask = 16;", "for (int mask = 32;"),
+    "mask-row": ("gfx9", FORWARD, "task.query(row0 + s.row(m, r)) - kv0;", "task.query(row0 + s.row(m, r)) + 1 - kv0;"),
+    "backward-mask-row": ("gfx9", "attn/bwd_scores.h", "const bool seen = key >=", "const bool seen = key + 1 >="),
+    "backward-row": (
+        "gfx9",
+        BACKWARD,
+        "const int row = row0 + part_row + dq.row(",
+        "const int row = 1 + row0 + dq.row(",
+    ),
+    "swizzle": ("gfx9", "tile/shared_tile.h", "+ (in_row(row, col) ^ flipped", "+ (in_row(row + 1, col) ^ flipped"),
+} | {
+    f"{file}, no barrier: {barrier.split('// ')[1]}": ("gfx9", file, barrier, "")
+    for file in (FORWARD, "attn/combine.cu", BACKWARD)
+    for barrier in barriers(file)
+}
+CASES = [
+    Case("some-keys", 1, 2, 1, 70, 150, 32, is_causal=True, window=(60, 0)),
+    Case("split", 1, 2, 1, 1, 1500, 32),
+]
+# Barriers that only matter where q stays in shared memory and there is no key; where threads read other parts of a tile
+# than they load.
+OTHER_CASES = {
+    "nobody reads q any more": [Case("no-keys", 1, 2, 1, 70, 3, 192, is_causal=True)],
+    "what the next block loads": [Case("other-parts", 1, 2, 1, 70, 150, 96)],
+}
+
+
+def cases_of(name):
+    return next((cases for text, cases in OTHER_CASES.items() if text in name), CASES)
+
+
+@pytest.fixture(scope="session")
+def libraries():
+    def make(name):
+        family, *edit = MUTATIONS[name]
+        return build(family, [edit] if edit else [], f"hd{cases_of(name)[0].head_dim}_bf16")
+
+    return {name: make(name) for name in MUTATIONS}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mistakes_are_found(libraries, name):
+    found = []
+    for case in cases_of(name):
+        inputs = make_inputs(case, torch.bfloat16)
+        inputs.options["deterministic"] = True  # few thread blocks, which then take several blocks of keys in turn
+        try:
+            with installed(libraries[name], multiprocessors=300 if case.seq_q == 1 else 1):
+                wrong = [error for error in errors(inputs, run(inputs, "cpu")) if error.ratio > 1]
+        except RuntimeError as error:  # the emulator's: what it has seen happen in shared memory
+            wrong = [error]
+        found += wrong
+    assert bool(found) == (name != "nothing"), found
