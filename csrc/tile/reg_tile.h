@@ -87,6 +87,21 @@ struct AccTile {
           f(atom[m][n].reg[i], other.atom[m][n].reg[i], m, Atom::row_slot(i),
             n * kAtom + Atom::col(i));
   }
+  // f(number of the pair, m, slot, col) for the pairs of neighbouring columns this lane holds.
+  static constexpr int kPairs = kM * kN * Atom::kAccRegs / 2;
+  template <typename F>
+  FX_DEVICE static void for_each_pair(F f) {
+    static_assert(Atom::kColsInPairs);
+    constexpr int kHalf = Atom::kAccRegs / 2;
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j)
+      f(j, j / kHalf / kN, Atom::row_slot(2 * (j % kHalf)),
+        j / kHalf % kN * kAtom + Atom::col(2 * (j % kHalf)));
+  }
+  FX_DEVICE float* pair(int j) {
+    constexpr int kHalf = Atom::kAccRegs / 2;
+    return atom[j / kHalf / kN][j / kHalf % kN].reg + 2 * (j % kHalf);
+  }
   FX_DEVICE void clear() {
     for_each([](float& x, int, int, int) { x = 0.f; });
   }
@@ -131,6 +146,8 @@ struct AccTile {
       }
   }
   FX_DEVICE static int row(int m, int slot) { return m * kAtom + Atom::row(slot); }
+  // This lane's first column: the others are constants away from it.
+  FX_DEVICE static int first_col() { return Atom::col(0); }
   // Whether this lane, among those that share a row, is the one that speaks for it.
   FX_DEVICE static bool speaks_for_row() { return Atom::col(0) == 0; }
 };
