@@ -1,4 +1,4 @@
-"""The emulator's own tests: each of these mistakes in the AMD kernels makes a case fail, and nothing else does."""
+"""The emulator's own tests: each of these mistakes in the kernels makes a case fail, and nothing else does."""
 
 import re
 
@@ -13,6 +13,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Warning only once for all operators:UserWarning"),
 ]
 ATOM, FORWARD, BACKWARD = "tile/amd/mma_atom.h", "attn/fwd_kernel.h", "attn/bwd_kernel.h"
+
+
+STAGED = "v is split"  # a barrier that only float32 has, where shared memory is large
 
 
 def barriers(file):
@@ -35,9 +38,17 @@ MUTATIONS = {
         "const int row = row0 + part_row + dq.row(",
         "const int row = 1 + row0 + dq.row(",
     ),
+    "nvidia-rows": ("sm90", "tile/nvidia/mma_atom.h", "/ 4 + 8 * slot;", "/ 4 + 8 * (1 - slot);"),
+    "nvidia-copies-not-awaited": ("sm90", "tile/nvidia/async_copy.h", "ptx::cp_async_wait_group<kNewest>();", ""),
+    "nvidia-dq-overwritten": (
+        "sm90",
+        BACKWARD,
+        "if (Config::kAsyncDq && threadIdx.x == 0) wait_add_async_read();",
+        "",
+    ),
     "swizzle": ("gfx9", "tile/shared_tile.h", "+ (in_row(row, col) ^ flipped", "+ (in_row(row + 1, col) ^ flipped"),
 } | {
-    f"{file}, no barrier: {barrier.split('// ')[1]}": ("gfx9", file, barrier, "")
+    f"{file}, no barrier: {barrier.split('// ')[1]}": ("sm90" if STAGED in barrier else "gfx9", file, barrier, "")
     for file in (FORWARD, "attn/combine.cu", BACKWARD)
     for barrier in barriers(file)
 }
@@ -53,6 +64,10 @@ OTHER_CASES = {
 }
 
 
+def dtype_of(name):
+    return torch.float32 if STAGED in name else torch.bfloat16
+
+
 def cases_of(name):
     return next((cases for text, cases in OTHER_CASES.items() if text in name), CASES)
 
@@ -61,7 +76,9 @@ def cases_of(name):
 def libraries():
     def make(name):
         family, *edit = MUTATIONS[name]
-        return build(family, [edit] if edit else [], f"hd{cases_of(name)[0].head_dim}_bf16")
+        return build(
+            family, [edit] if edit else [], f"hd{cases_of(name)[0].head_dim}_{'f32' if STAGED in name else 'bf16'}"
+        )
 
     return {name: make(name) for name in MUTATIONS}
 
@@ -70,7 +87,7 @@ def libraries():
 def test_mistakes_are_found(libraries, name):
     found = []
     for case in cases_of(name):
-        inputs = make_inputs(case, torch.bfloat16)
+        inputs = make_inputs(case, dtype_of(name))
         inputs.options["deterministic"] = True  # few thread blocks, which then take several blocks of keys in turn
         try:
             with installed(libraries[name], multiprocessors=300 if case.seq_q == 1 else 1):
