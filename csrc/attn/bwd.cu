@@ -92,9 +92,9 @@ BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic
       p.seq_q * pack * ((p.head_dim + p.head_dim_v) * element_bytes(p.dtype) + args.dq_cols * 4);
   const int64_t fit = gpu.l2_bytes / 2 / std::max<int64_t>(group_bytes, 1);
   const int64_t slots = int64_t{gpu.multiprocessors} * tile.blocks_per_sm;
-  const int64_t enough = ceil_div(2 * slots, std::max(args.blocks_kv, 1));
+  const int64_t enough = ceil_div(2 * slots, std::max<int64_t>(args.blocks_kv, 1));
   args.groups_at_once = static_cast<int>(
-      std::clamp<int64_t>(std::max(fit, enough), 1, std::max<int64_t>(args.groups, 1)));
+      std::clamp<int64_t>(std::max<int64_t>(fit, enough), 1, std::max<int64_t>(args.groups, 1)));
   return plan;
 }
 

@@ -61,9 +61,7 @@ FX_DEVICE float fast_reciprocal(float x) {
 #if FX_AMD
   return 1.f / x;
 #else
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
+  return ptx::rcp(x);
 #endif
 }
 

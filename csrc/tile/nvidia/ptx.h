@@ -18,6 +18,12 @@ FX_DEVICE float ex2(float x) {
   return y;
 }
 
+FX_DEVICE float rcp(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two floats rounded to T, a half_t or bf16_t.
 template <typename T>
 FX_DEVICE uint32_t cvt(float low, float high) {
@@ -61,6 +67,15 @@ FX_DEVICE void cp_async(void* dst_smem, const void* src, int bytes) {
   asm volatile(
       "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(dst_smem)),
       "l"(src), "r"(bytes)
+      : "memory");
+}
+// The same, all of them or none.
+FX_DEVICE void cp_async_if(bool there, void* dst_smem, const void* src) {
+  asm volatile(
+      "{\n.reg .pred absent;\nsetp.eq.u32 absent, %2, 0;\n"
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, absent;\n}" ::"r"(
+          shared_address(dst_smem)),
+      "l"(src), "r"(static_cast<uint32_t>(there))
       : "memory");
 }
 FX_DEVICE void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -77,8 +77,8 @@ inline float atomicAdd(float* sum, float x) {
 
 // Thread blocks run one after the other: there is nothing to wait for.
 #define __HIP_MEMORY_SCOPE_AGENT 0
-inline int __hip_atomic_load(const int* src, int, int) { return simt::load_without_waiting(src); }
-inline void __hip_atomic_store(int* dst, int x, int, int) { *dst = x; }
+#define __hip_atomic_load(src, ...) simt::load_without_waiting(src)
+#define __hip_atomic_store(dst, x, ...) (void)(*(dst) = (x))
 
 inline float unsafeAtomicAdd(float* sum, float x) { return atomicAdd(sum, x); }
 
