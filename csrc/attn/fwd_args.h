@@ -1,4 +1,4 @@
-// What the forward kernel is told besides AttnParams: how the work is cut. Made by fwd_plan.h.
+// What the forward kernel is told besides AttnParams: how the work is cut. Made by fwd.cu.
 #pragma once
 #include "divisor.h"
 #include "params.h"
