@@ -41,11 +41,16 @@ def tensors(case, dtype, device="cpu", requires_grad=False):
 
 
 def visible_pairs(case):
-    """Pairs of a query and a key that it sees, of one head."""
-    if not case.is_causal:
-        return case.seq_q * case.seq_kv
-    offset = case.seq_kv - case.seq_q
-    return sum(min(max(i + offset + 1, 0), case.seq_kv) for i in range(case.seq_q))
+    """Pairs of a query and a key that it sees, of one head; without mask tensors."""
+    left, right = case.window or (-1, -1)
+    if case.is_causal:
+        right = 0
+    pairs = 0
+    for key in range(case.seq_kv - case.seq_q, case.seq_kv):  # with which a query is aligned
+        begin = 0 if left < 0 else max(key - left, 0)
+        end = case.seq_kv if right < 0 else min(key + right + 1, case.seq_kv)
+        pairs += max(end - begin, 0)
+    return pairs
 
 
 def flops(case, backward=False):

@@ -145,7 +145,7 @@ def measure(case, dtype, found, backward, options, tick):
     }
 
 
-def text_table(results, names):
+def text_table(results, names, peers):
     def ratio(result, peer):
         rates = result["rates"]
         return f"{rates['flash_ext'] / rates[peer]:.2f}" if peer in rates else "-"
@@ -156,14 +156,14 @@ def text_table(results, names):
     lines = [
         (
             r["title"], r["unit"], f"{r['seconds']['flash_ext'] * 1e6:.0f} us",
-            *(rate(r, name) for name in names), *(ratio(r, name) for name in PEERS),
+            *(rate(r, name) for name in names), *(ratio(r, name) for name in peers),
         )
         for r in results
     ]  # fmt: skip
-    return table(("case", "unit", "time", *names, *(f"x {name}" for name in PEERS)), lines)
+    return table(("case", "unit", "time", *names, *(f"x {name}" for name in peers)), lines)
 
 
-def main(title, name, all_rows, calls, names, backward=False):
+def main(title, name, all_rows, calls, names, backward=False, peers=tuple(PEERS), peers_of=peers_of):
     """The command line of a benchmark; calls(case, dtype, names) makes what is timed."""
     parser = common.arguments(title)
     parser.add_argument("--rows", nargs="+", metavar="TEXT", help="rows whose name contains one of these")
@@ -181,8 +181,8 @@ def main(title, name, all_rows, calls, names, backward=False):
         for case, dtype in chosen:
             found = calls(case, dtype, [*names, *peers_of(dtype)])
             results.append(measure(case, dtype, found, backward, options, bar.update))
-    print(text_table(results, [*names, *PEERS]))
-    for peer in PEERS:
+    print(text_table(results, [*names, *peers], peers))
+    for peer in peers:
         ratios = [r["rates"]["flash_ext"] / r["rates"][peer] for r in results if peer in r["rates"]]
         if ratios:
             print(f"geometric mean over {peer}: {statistics.geometric_mean(ratios):.3f}")

@@ -78,12 +78,28 @@ def test_tiles_without_a_key(head_dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-@pytest.mark.parametrize("seq_q", [1, 2, 3, 4, 7, 17, 33])
+@pytest.mark.parametrize("seq_q", [1, 2, 3, 4, 7, 17, 33, 64])
 @pytest.mark.parametrize("heads_q, heads_kv", [(8, 8), (8, 2), (15, 3), (32, 1)])
 def test_few_queries(seq_q, heads_q, heads_kv, dtype):
     for seq_kv in (1, 100, 5000):
         case = Case("few", 2, heads_q, heads_kv, seq_q, seq_kv, 128, is_causal=True, sinks=True)
         check(case, dtype, "cuda", "gpu")
+
+
+@dtypes
+@pytest.mark.parametrize("seq_kv", [300, 301])  # with an even number, neighbouring keys are read together
+@pytest.mark.parametrize("mask", ["bool:bhqk", "bool:b11k", "half:1hqk", "same:qk", "float:BHqk"])
+def test_masks(mask, seq_kv, dtype):
+    for head_dim, seq_q, is_causal in ((64, 130, True), (128, 70, False), (256, 3, False)):
+        case = Case("masks", 2, 4, 2, seq_q, seq_kv, head_dim, mask=mask, is_causal=is_causal)
+        check(case, dtype, "cuda", "gpu", grads=False)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_windows_of_many_blocks(head_dim):
+    """Blocks that no mask touches lie between others, and warps see different numbers of blocks."""
+    for window in ((-1, 100), (700, -1), (500, 40), (0, 300)):
+        check(Case("window", 1, 2, 1, 700, 900, head_dim, window=window), torch.bfloat16, "cuda", "gpu", grads=False)
 
 
 def test_results_repeat_bit_for_bit():

@@ -32,18 +32,6 @@ bool dmask_is_shared(const AttnBwdParams& p) {
           (p.dmask_kv_stride == 0 && p.seq_kv > 1));
 }
 
-// The fewest chains that leave no part of the device idle for long: each costs a sum of dq.
-int choose_chains(int64_t groups, int64_t blocks_kv, int64_t slots) {
-  constexpr int kMostChains = 16;
-  int best = 1;
-  int64_t best_time = 0;
-  for (int chains = 1; chains <= std::min<int64_t>(kMostChains, blocks_kv); ++chains) {
-    const int64_t time = ceil_div(groups * chains, slots) * ceil_div(blocks_kv, chains);
-    if (chains == 1 || time * 20 < best_time * 19) best = chains, best_time = time;
-  }
-  return best;
-}
-
 template <DType kDType>
 BwdLauncher find_bwd_of_dtype(BwdVariant v) {
   switch (v.head_dim) {
@@ -95,38 +83,44 @@ BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic
   args.rows = p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;
   args.dq_cols = *head_dim;
   args.dq_flip = tile.async_dq && gpu.adds_async ? 8 : 0;
-  args.chains = args.blocks_kv;
-  const int64_t slots = int64_t{gpu.multiprocessors} * tile.blocks_per_sm;
-  if (deterministic) {
-    args.chains = choose_chains(args.groups, args.blocks_kv, slots);
-    args.dq_chain_stride = args.rows * args.dq_cols;
-  }
-  // q, grad_o and the sums of dq.
+  args.blocks_q = static_cast<int>(ceil_div(p.seq_q * pack, tile.block_q));
+  plan.takes_turns = deterministic;
+
+  // As many groups as fit half of the L2 cache with q, grad_o and dq, but enough that the last ones
+  // to start do not leave most of the device idle.
   const int64_t group_bytes =
       p.seq_q * pack * ((p.head_dim + p.head_dim_v) * element_bytes(p.dtype) + args.dq_cols * 4);
-  args.groups_at_once = static_cast<int>(std::clamp<int64_t>(
-      gpu.l2_bytes / 2 / std::max<int64_t>(group_bytes, 1), 1, std::max<int64_t>(args.groups, 1)));
+  const int64_t fit = gpu.l2_bytes / 2 / std::max<int64_t>(group_bytes, 1);
+  const int64_t slots = int64_t{gpu.multiprocessors} * tile.blocks_per_sm;
+  const int64_t enough = ceil_div(2 * slots, std::max<int64_t>(args.blocks_kv, 1));
+  args.groups_at_once = static_cast<int>(
+      std::clamp<int64_t>(std::max<int64_t>(fit, enough), 1, std::max<int64_t>(args.groups, 1)));
   return plan;
 }
 
-int64_t BwdPlan::dq_floats() const { return args.dq_sums() * args.rows * args.dq_cols; }
+int64_t BwdPlan::dq_floats() const { return args.rows * args.dq_cols; }
 
-int64_t BwdPlan::scratch_floats() const { return dq_floats() + 2 * args.rows; }
+int64_t BwdPlan::turns() const {
+  return takes_turns ? ceil_div(args.groups * args.blocks_q, 2) * 2 : 0;
+}
+
+int64_t BwdPlan::scratch_floats() const { return dq_floats() + turns() + 2 * args.rows; }
 
 void BwdPlan::use_scratch(float* scratch) {
   args.dq = scratch;
-  args.stats = reinterpret_cast<RowStats*>(scratch + dq_floats());
+  if (takes_turns) args.turns = reinterpret_cast<int*>(scratch + dq_floats());
+  args.stats = reinterpret_cast<RowStats*>(scratch + dq_floats() + turns());
 }
 
 void launch_bwd(const BwdPlan& plan, const GpuFacts& gpu, void* stream) {
   const BwdArgs& args = plan.args;
   if (args.rows > 0) {
-    FX_CUDA_CHECK(cudaMemsetAsync(args.dq, 0, plan.dq_floats() * sizeof(float),
+    FX_CUDA_CHECK(cudaMemsetAsync(args.dq, 0, (plan.dq_floats() + plan.turns()) * sizeof(float),
                                   static_cast<stream_t>(stream)));
     launch_bwd_stats(plan, stream);
   }
   if (args.params.dsinks) launch_bwd_dsinks(plan, stream);
-  if (args.groups * args.chains > 0) find_bwd_of(plan.variant)(args, gpu, stream);
+  if (args.groups * args.blocks_kv > 0) find_bwd_of(plan.variant)(args, gpu, stream);
   if (args.rows > 0) launch_bwd_finish(plan, stream);
 }
 

@@ -14,7 +14,8 @@ BwdLauncher find_bwd(BwdVariant want);
 struct BwdPlan {
   BwdVariant variant;
   BwdArgs args;
-  int64_t dq_floats() const, scratch_floats() const;
+  bool takes_turns = false;
+  int64_t dq_floats() const, turns() const, scratch_floats() const;
   void use_scratch(float* scratch);
 };
 

@@ -17,21 +17,19 @@ struct BwdArgs {
   int blocks_kv = 0;       // blocks of keys that the longest sequence fills
   int64_t groups = 0;      // batch * heads_kv
   int groups_at_once = 1;  // whose tensors stay in the L2 cache together
-  // Blocks of keys that run side by side; each thread block takes every chains-th. All of them, or,
-  // where results must repeat bit for bit, few: each chain then has its own sum of dq.
-  int chains = 1;
   // Of all query rows, in the order (KV head or (batch, KV head), query, head of the group).
   int64_t rows = 0;
-  RowStats* stats = nullptr;    // [rows]
-  float* dq = nullptr;          // [1 or chains, rows, dq_cols]: sums without the factor scale
-  int dq_cols = 0;              // the kernel's head_dim
-  int64_t dq_chain_stride = 0;  // 0: all chains add to one
-
+  RowStats* stats = nullptr;  // [rows]
+  float* dq = nullptr;        // [rows, dq_cols]: sums without the factor scale
+  int dq_cols = 0;            // the kernel's head_dim
   // Column c of row r of a sum lies at c ^ (r % 4 * dq_flip): 8 where sums go through shared
   // memory, where it keeps rows in different banks; else 0.
   int dq_flip = 0;
 
-  constexpr int dq_sums() const { return dq_chain_stride ? chains : 1; }
+  // Where results must repeat bit for bit: [groups, blocks_q], how many blocks of keys have added to
+  // the dq of a block of rows; they do so in their order. Null: whenever they have something.
+  int* turns = nullptr;
+  int blocks_q = 0;  // blocks of rows that the longest sequence fills
 
   // Index of a group's first row; first_q is where its sequence starts in packed tensors.
   constexpr int64_t first_row(int64_t batch, int64_t kv_head, int64_t first_q) const {

@@ -4,6 +4,7 @@
 // of dv and dk where they are, in registers; only dq needs those of all warps.
 #pragma once
 #include "../tile/reg_tile.h"
+#include "bwd_dq.h"
 #include "bwd_scores.h"
 #include "bwd_task.h"
 #include "bwd_variants.h"
@@ -91,60 +92,6 @@ struct RowLoader {
   }
 };
 
-// dq of a block of rows += ds k, with ds = [keys, rows] in shared memory.
-template <typename Config>
-FX_DEVICE void add_dq(const BwdSmem<Config>& smem, const BwdTask& task, float* sums, int row0) {
-  using Atom = MmaAtom<typename Config::T>;
-  constexpr int kRows = Config::kTile.dq_rows, kHeadDim = Config::kHeadDim;
-#pragma unroll
-  for (int i = 0; i < Config::kDqParts; ++i) {
-    const int part = static_cast<int>(warp_id()) * Config::kDqParts + i;
-    const int part_row = part / Config::kDqColParts * kRows;
-    const int part_col = part % Config::kDqColParts * kAtom;
-    const ColumnsOf k_cols(smem.k(), part_col);
-    typename Config::DqPart dq;
-    dq.clear();
-    mma_steps<Config::kBlockKV / kAtom>(
-        dq,
-        [&](int m, int k) {
-          return Atom::load_a_transposed(smem.ds(), part_row + m * kAtom, k * kAtom);
-        },
-        [&](int n, int k) {
-          return Atom::load_b_transposed(k_cols, n * kAtom * Config::kDqColParts, k * kAtom);
-        });
-    struct RowOfDq {
-      float* address;
-      int flip;
-    };
-    if constexpr (Config::kAsyncDq) {
-      dq.put_rows(
-          [&](int m, int slot) {
-            const int row = part_row + dq.row(m, slot);
-            const int flip = static_cast<int>((task.first_row + row) % 4 * 8) ^ part_col;
-            return RowOfDq{smem.dq() + row * kHeadDim, flip};
-          },
-          [](float* at, float a, float b) { *reinterpret_cast<float2*>(at) = {a, b}; });
-    } else {
-      dq.put_rows(
-          [&](int m, int slot) {
-            const int row = row0 + part_row + dq.row(m, slot);
-            return RowOfDq{row < task.rows ? sums + row * int64_t{kHeadDim} + part_col : nullptr,
-                           0};
-          },
-          [](float* at, auto... x) { add_to(at, x...); });
-    }
-  }
-}
-
-// Lets one thread add what add_dq left in shared memory.
-template <typename Config>
-FX_DEVICE void start_adding_dq(const BwdSmem<Config>& smem, const BwdTask& task, float* sums,
-                               int row0) {
-  const int rows = std::min(task.rows, row0 + Config::kBlockQ) - row0;
-  if (threadIdx.x == 0)
-    add_async(sums + row0 * int64_t{Config::kHeadDim}, smem.dq(), rows * Config::kHeadDim);
-}
-
 // Writes dk or dv, times a factor, through the memory of k or v.
 template <typename Config>
 FX_DEVICE void write_kv_grad(typename Config::KvGrad& x, float factor, typename Config::KvTile smem,
@@ -161,11 +108,17 @@ FX_DEVICE void write_kv_grad(typename Config::KvGrad& x, float factor, typename 
 }
 
 template <typename Config>
-FX_DEVICE void bwd_block(const BwdArgs& args, const BwdTask& task, const BwdSmem<Config>& smem,
-                         float* dq_sums) {
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
+    attn_bwd_kernel(const BwdArgs args) {
   using T = typename Config::T;
   constexpr int kBlockQ = Config::kBlockQ, kWarpsD = Config::kWarpsD;
   const AttnBwdParams& p = args.params;
+  const auto [key_block, group] =
+      block_of_group(blockIdx.x, args.blocks_kv, args.groups, args.groups_at_once);
+  const BwdTask task = bwd_task<Config::kBlockKV, kBlockQ>(args, group, key_block);
+  if (task.key0 >= task.seq_kv) return;  // this sequence is shorter than the longest
+  extern __shared__ __align__(128) unsigned char memory[];
+  const BwdSmem<Config> smem{memory};
   const int warp_key = static_cast<int>(warp_id()) / kWarpsD * Config::kKeysPerWarp;
   const int warp_d = static_cast<int>(warp_id()) % kWarpsD;
   constexpr int kRowsOfWarp = kBlockQ / kWarpsD;  // whose scores it computes
@@ -192,16 +145,15 @@ FX_DEVICE void bwd_block(const BwdArgs& args, const BwdTask& task, const BwdSmem
   }
   copy_commit();
 
+  const DqSum<Config, BwdSmem<Config>> dq(args, task, smem);
   typename Config::KvGrad dk, dv;
   dk.clear(), dv.clear();
   for (int block = task.block_begin; block < task.block_end; ++block) {
-    const int row0 = block * kBlockQ;
     const bool more = block + 1 < task.block_end;
     facts.put(smem.rows());
     copy_wait<0>();
-    __syncthreads();  // this block has arrived; nobody reads the one before nor its ds any more
-    if (Config::kAsyncDq && block > task.block_begin)
-      start_adding_dq(smem, task, dq_sums, row0 - kBlockQ);
+    __syncthreads();  // this block has arrived; nobody works on the one before any more
+    if (block > task.block_begin) dq.hand_over(block - 1);
     if (more) facts.fetch(block + 1);
     if (Config::kStages == 2 && more) load_rows(block + 1);
     copy_commit();
@@ -228,8 +180,8 @@ FX_DEVICE void bwd_block(const BwdArgs& args, const BwdTask& task, const BwdSmem
         s.store(ColumnsOf(smem.p(), warp_row), warp_key, part);
       }
     }
-    if (Config::kAsyncDq && threadIdx.x == 0) wait_add_async_read();
-    __syncthreads();  // ds (and p) of all warps are there; nobody reads smem.dq() any more
+    dq.prepare(block);
+    __syncthreads();  // ds (and p) of all warps are there, and dq may be added to
     if constexpr (kWarpsD > 1) {
       const auto weights_times = [&](typename Config::KvGrad& x, typename Config::WeightTile w,
                                      typename Config::QTile rows) {
@@ -249,38 +201,18 @@ FX_DEVICE void bwd_block(const BwdArgs& args, const BwdTask& task, const BwdSmem
       if (more) load_rows(block + 1);
       copy_commit();
     }
-    add_dq(smem, task, dq_sums, row0);
-    if (Config::kAsyncDq) publish_to_add_async();
+    dq.add(block);
   }
 
   copy_wait<0>();   // k and v have arrived, also where no row was there to wait for them
-  __syncthreads();  // nobody reads k and v any more; the last dq is in smem.dq()
-  if (Config::kAsyncDq && task.block_begin < task.block_end)
-    start_adding_dq(smem, task, dq_sums, (task.block_end - 1) * kBlockQ);
+  __syncthreads();  // nobody reads k and v any more; the last block's dq is there
+  const bool any = task.block_begin < task.block_end;
+  if (any) dq.hand_over(task.block_end - 1);
   const float dv_factor = Config::kGeneral ? 65536.f / (65536.f - p.dropout_threshold) : 1.f;
   write_kv_grad<Config>(dk, static_cast<float>(p.scale), smem.k(), p.dk, task, warp_key, warp_col,
                         p.head_dim);
   write_kv_grad<Config>(dv, dv_factor, smem.v(), p.dv, task, warp_key, warp_col, p.head_dim_v);
-}
-
-template <typename Config>
-__global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
-    attn_bwd_kernel(const BwdArgs args) {
-  extern __shared__ __align__(128) unsigned char memory[];
-  const BwdSmem<Config> smem{memory};
-  const auto [chain, index] =
-      block_of_group(blockIdx.x, args.chains, args.groups, args.groups_at_once);
-  const RowGroup group = row_group(args.params, index, args.pack);
-  float* const sums = args.dq + chain * args.dq_chain_stride +
-                      args.first_row(group.batch, group.kv_head, group.first_q) * Config::kHeadDim;
-  for (int block = chain; block * Config::kBlockKV < group.seq_kv; block += args.chains) {
-    bwd_block<Config>(
-        args, bwd_task<Config::kBlockKV, Config::kBlockQ>(args, group, block * Config::kBlockKV),
-        smem, sums);
-    // Also keeps the order in which a chain adds to dq.
-    if (Config::kAsyncDq && threadIdx.x == 0) wait_add_async();
-    __syncthreads();  // what the next block loads overwrites nothing that is still read
-  }
+  if (any) dq.finish(task.block_end - 1);
 }
 
 }  // namespace flash_ext

@@ -13,7 +13,7 @@ void launch_bwd(const BwdArgs& args, const GpuFacts& gpu, void* stream) {
   if (smem_bytes > 48 * 1024)
     FX_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                        cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
-  const int64_t blocks = args.groups * args.chains;
+  const int64_t blocks = args.groups * args.blocks_kv;
   FX_CHECK(blocks < int64_t{1} << 31, "k: too many rows for one call");
   kernel<<<static_cast<unsigned>(blocks), Config::kTile.warps() * gpu.warp_size, smem_bytes,
            static_cast<stream_t>(stream)>>>(args);

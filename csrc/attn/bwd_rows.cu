@@ -126,11 +126,8 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const BwdArgs args) {
   const int64_t from = row.of_group(args);
   const float* src =
       args.dq + from * args.dq_cols + (col ^ static_cast<int>(from % 4) * args.dq_flip);
-  float x[8] = {};
-  for (int sum = 0; sum < args.dq_sums(); ++sum, src += args.dq_chain_stride)
-    for (int i = 0; i < 8; ++i) x[i] += src[i];
   Eight<T> result;
-  for (int i = 0; i < 8; ++i) result.value[i] = from_float<T>(x[i] * static_cast<float>(p.scale));
+  for (int i = 0; i < 8; ++i) result.value[i] = from_float<T>(src[i] * static_cast<float>(p.scale));
   T* dst = static_cast<T*>(p.dq.data) + row.offset(p.dq) + col;
   result.store(dst, static_cast<int>(p.head_dim) - col, in_chunks(p.dq, sizeof(T)));
 }

@@ -7,15 +7,20 @@ namespace flash_ext {
 
 struct BwdTask : RowGroup {
   int64_t first_row;           // of the group, in BwdArgs::stats and dq
+  unsigned group;              // its index
   int key0;                    // the first key of the block
   int block_begin, block_end;  // blocks of query rows that see a key of it
   int whole_begin, whole_end;  // those among them of which every row sees all of its keys
 };
 
-// The rows that meet the keys from key0 on.
+// The rows that meet the key_block-th block of keys of a group.
 template <int kBlockKV, int kBlockQ>
-FX_DEVICE BwdTask bwd_task(const BwdArgs& args, const RowGroup& group, int key0) {
-  BwdTask t{group, args.first_row(group.batch, group.kv_head, group.first_q), key0, 0, 0, 0, 0};
+FX_DEVICE BwdTask bwd_task(const BwdArgs& args, unsigned group, int key_block) {
+  const RowGroup rows = row_group(args.params, group, args.pack);
+  const int64_t first_row = args.first_row(rows.batch, rows.kv_head, rows.first_q);
+  const int key0 = key_block * kBlockKV;
+  BwdTask t{rows, first_row, group, key0, 0, 0, 0, 0};
+  if (key0 >= t.seq_kv) return t;
   const int queries = t.rows / t.pack.by, last_key = std::min(key0 + kBlockKV, t.seq_kv) - 1;
   const int any_begin = std::clamp(key0 - t.right, 0, queries) * t.pack.by;
   const int any_end = std::clamp(last_key + t.left + 1, 0, queries) * t.pack.by;

@@ -19,9 +19,8 @@ int element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 // Rows that cannot be read or written 16 bytes at a time, and options that change scores.
 bool needs_general(const AttnParams& p) {
   const int bytes = element_bytes(p.dtype);
-  bool chunks = p.head_dim_v * bytes % 16 == 0;
+  bool chunks = p.head_dim * bytes % 16 == 0 && p.head_dim_v * bytes % 16 == 0;
   for (const TensorView& t : {p.q, p.k, p.v, p.o}) chunks = chunks && in_chunks(t, bytes);
-  if (p.dtype == DType::f32) chunks = chunks && p.head_dim % 4 == 0;  // see load_floats
   return !chunks || p.mask.data || p.softcap > 0 || p.alibi_slopes || p.dropout_threshold;
 }
 
@@ -35,7 +34,7 @@ int choose_splits(const FwdVariant& v, const FwdTile& tile, int64_t tiles, int64
   const double products = v.dtype == DType::f32 ? 5.0 : 1.0;  // six for one, better hidden
   const double flops = 4.0 * tile.block_q * tile.block_kv * v.head_dim * products;
   const double bytes = 2.0 * element_bytes(v.dtype) * tile.block_kv * v.head_dim;
-  const double compute = v.few_rows ? kFewRowsBlock : flops / kFlopsOfSlot;
+  const double compute = v.rows == FwdRows::few ? kFewRowsBlock : flops / kFlopsOfSlot;
   int best = 1;
   double best_time = 0;
   for (int splits = 1; splits <= std::min<int64_t>(kMostSplits, blocks_kv); ++splits) {
@@ -81,18 +80,20 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   FX_CHECK(p.seq_q * group < kMostRows && p.seq_kv < kMostRows,
            "q, k: expected sequences below 2^29 rows");
 
-  FwdPlan plan{{p.dtype, *head_dim, false, needs_general(p)}, {p}};
+  FwdPlan plan{{p.dtype, *head_dim, FwdRows::many, needs_general(p)}, {p}};
   FwdArgs& args = plan.args;
   const bool shares_kv = group > 1;
-  const auto tile_holds_all = [&](FwdVariant v) {
-    return p.seq_q * group <= fwd_tile(v, kAmd).block_q;
-  };
-  plan.variant.few_rows = tile_holds_all({p.dtype, *head_dim, true, false});
-  if (!plan.variant.few_rows && tile_holds_all({p.dtype, *head_dim, false, true}))
-    plan.variant.general = true;  // its tile is smaller
+  for (const FwdRows rows : {FwdRows::some, FwdRows::few}) {
+    const FwdVariant v{p.dtype, *head_dim, rows, plan.variant.general};
+    if (v.compiled() && p.seq_q * group <= fwd_tile(v, kAmd).block_q) plan.variant = v;
+  }
+  // The general tile may be smaller.
+  const FwdVariant general{p.dtype, *head_dim, FwdRows::many, true};
+  if (plan.variant.rows == FwdRows::many && p.seq_q * group <= fwd_tile(general, kAmd).block_q)
+    plan.variant = general;
   FwdTile tile = fwd_tile(plan.variant, kAmd);
   if (tile.smem_bytes(plan.variant) > gpu.smem_per_block) {
-    plan.variant.general = true;
+    plan.variant = general;
     tile = fwd_tile(plan.variant, kAmd);
   }
   FX_CHECK(tile.smem_bytes(plan.variant) <= gpu.smem_per_block, "q: head_dim ", wide,
@@ -120,18 +121,19 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   const int64_t slots = int64_t{gpu.multiprocessors} * tile.blocks_per_sm;
   args.partial_rows =
       p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;
+  args.partial_cols = static_cast<int>(ceil_div(p.head_dim_v, 4) * 4);
   args.splits = choose_splits(plan.variant, tile, args.heads * args.blocks_q, slots,
                               ceil_div(seen, tile.block_kv), args.partial_rows * p.head_dim_v);
   return plan;
 }
 
 int64_t FwdPlan::scratch_floats() const {
-  return args.splits == 1 ? 0 : args.splits * args.partial_rows * (args.params.head_dim_v + 1);
+  return args.splits == 1 ? 0 : args.splits * args.partial_rows * (args.partial_cols + 1);
 }
 
 void FwdPlan::use_scratch(float* scratch) {
   args.o_partial = scratch;
-  args.lse_partial = scratch + args.splits * args.partial_rows * args.params.head_dim_v;
+  args.lse_partial = scratch + args.splits * args.partial_rows * args.partial_cols;
 }
 
 void launch_fwd(const FwdPlan& plan, const GpuFacts& gpu, void* stream) {

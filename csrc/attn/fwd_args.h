@@ -18,9 +18,10 @@ struct FwdArgs {
   bool longest_last = false;  // the last rows see the most keys, and are started first
   // The keys of a tile are divided among `splits` thread blocks, whose results combine.cu merges.
   int splits = 1;
-  float* o_partial = nullptr;    // [splits, rows, head_dim_v], a row being its index in lse
+  float* o_partial = nullptr;    // [splits, rows, partial_cols], a row being its index in lse
   float* lse_partial = nullptr;  // [splits, rows], to base 2
   int64_t partial_rows = 0;
+  int partial_cols = 0;  // head_dim_v, rounded up to 4
 };
 
 }  // namespace flash_ext

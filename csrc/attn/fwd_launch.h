@@ -23,11 +23,14 @@ void launch_fwd(const FwdArgs& args, const GpuFacts& gpu, void* stream) {
 // Compiles the variants of this dtype and head_dim, and finds one of them.
 template <DType kDType, int kHeadDim>
 FwdLauncher find_fwd(FwdVariant want) {
-  if (want.few_rows)
-    return want.general ? launch_fwd<FwdVariant{kDType, kHeadDim, true, true}>
-                        : launch_fwd<FwdVariant{kDType, kHeadDim, true, false}>;
-  return want.general ? launch_fwd<FwdVariant{kDType, kHeadDim, false, true}>
-                      : launch_fwd<FwdVariant{kDType, kHeadDim, false, false}>;
+  constexpr auto few = FwdRows::few, some = FwdRows::some, many = FwdRows::many;
+  if (want.rows == few)
+    return want.general ? launch_fwd<FwdVariant{kDType, kHeadDim, few, true}>
+                        : launch_fwd<FwdVariant{kDType, kHeadDim, few, false}>;
+  if constexpr (FwdVariant{kDType, kHeadDim, some, false}.compiled())
+    if (want.rows == some) return launch_fwd<FwdVariant{kDType, kHeadDim, some, false}>;
+  return want.general ? launch_fwd<FwdVariant{kDType, kHeadDim, many, true}>
+                      : launch_fwd<FwdVariant{kDType, kHeadDim, many, false}>;
 }
 
 }  // namespace flash_ext

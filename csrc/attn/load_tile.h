@@ -41,18 +41,37 @@ struct Chunks {
   static constexpr int kRowStep = kThreads / kWide;
   static constexpr int kSteps = kColSteps * ((kRows + kRowStep - 1) / kRowStep);
 
-  FX_DEVICE static Place at(int step) {
-    return {static_cast<int>(threadIdx.x / kWide) + step / kColSteps * kRowStep,
-            static_cast<int>(threadIdx.x % kWide + step % kColSteps * kWide) * kElements};
-  }
+  FX_DEVICE static int row() { return static_cast<int>(threadIdx.x / kWide); }
+  FX_DEVICE static int col() { return static_cast<int>(threadIdx.x % kWide) * kElements; }
+  FX_DEVICE static constexpr int row_of(int step) { return step / kColSteps * kRowStep; }
+  FX_DEVICE static constexpr int col_of(int step) { return step % kColSteps * kWide * kElements; }
+  FX_DEVICE static Place at(int step) { return {row() + row_of(step), col() + col_of(step)}; }
 };
+
+// Starts to copy rows of 16-byte chunks, which lie `stride` apart, into a tile; `mine` is where this
+// thread's first chunk is. Rows from `rows` (kWhole: none is missing) and columns from `cols` on
+// become zero and are not read.
+template <int kThreads, bool kWhole, template <typename, int, int> class Tile, typename T,
+          int kRows, int kCols>
+FX_DEVICE void load_rows(Tile<T, kRows, kCols> dst, const T* mine, int64_t stride, int rows,
+                         int cols) {
+  using Mine = Chunks<kThreads, kRows, kCols / 8>;
+#pragma unroll
+  for (int step = 0; step < Mine::kSteps; ++step) {
+    const auto [row, col] = Mine::at(step);
+    if (kRows % Mine::kRowStep && row >= kRows) break;
+    copy_async_if((kWhole || row < rows) && col < cols, dst.at(row, col),
+                  mine + Mine::row_of(step) * stride + Mine::col_of(step));
+  }
+}
 
 // Starts to copy the rows [row0, row0 + kRows) of a matrix into a tile; rows from `rows` and columns
 // from `cols` on, which are not there, become zero and are not read. address(row) is where a row
 // starts. in_chunks: every row is aligned to 16 bytes; kInChunks: that is known.
-template <int kThreads, bool kInChunks, typename T, int kRows, int kCols, typename Address>
-FX_DEVICE void load_tile(SharedTile<T, kRows, kCols> dst, Address address, int row0, int rows,
-                         int cols, bool in_chunks) {
+template <int kThreads, bool kInChunks, template <typename, int, int> class Tile, typename T,
+          int kRows, int kCols, typename Address>
+FX_DEVICE void load_tile(Tile<T, kRows, kCols> dst, Address address, int row0, int rows, int cols,
+                         bool in_chunks) {
   constexpr int kChunks = kCols / 8;
   if (kInChunks || in_chunks) {
     using Mine = Chunks<kThreads, kRows, kChunks>;
@@ -76,9 +95,10 @@ FX_DEVICE void load_tile(SharedTile<T, kRows, kCols> dst, Address address, int r
 }
 
 // The other way round.
-template <int kThreads, bool kInChunks, typename T, int kRows, int kCols, typename Address>
-FX_DEVICE void store_tile(SharedTile<T, kRows, kCols> src, Address address, int row0, int rows,
-                          int cols, bool in_chunks) {
+template <int kThreads, bool kInChunks, template <typename, int, int> class Tile, typename T,
+          int kRows, int kCols, typename Address>
+FX_DEVICE void store_tile(Tile<T, kRows, kCols> src, Address address, int row0, int rows, int cols,
+                          bool in_chunks) {
   constexpr int kChunks = kCols / 8;
 #pragma unroll kInChunks ? 4 : 1
   for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {

@@ -12,45 +12,38 @@ inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // no accuracy, and the output need not be rescaled.
 template <typename T, int kRows>
 struct OnlineSoftmax {
-  static constexpr float kSlack = 8.f;
+  static constexpr float kSlack = 8.f, kLowest = -3.402823466e38f;
   RowVec<T, kRows> reference, sum;  // sum: of this lane's elements
 
-  FX_DEVICE OnlineSoftmax() { reference.fill(-INFINITY), sum.fill(0.f); }
+  // A row that has seen nothing has the lowest reference: there, too, -inf has the weight 0.
+  FX_DEVICE OnlineSoftmax() { reference.fill(kLowest), sum.fill(0.f); }
 
   // Turns s * scale, the scores, into weights in place, and rescales what o has gathered so far.
   template <int kCols, int kHeadDim>
   FX_DEVICE void step(AccTile<T, kRows, kCols>& s, AccTile<T, kRows, kHeadDim>& o, float scale) {
-    RowVec<T, kRows> top;
+    RowVec<T, kRows>
+        top;  // of this lane's elements: the other lanes' are only asked for when needed
     top.fill(-INFINITY);
     s.for_each([&](float& x, int m, int r, int) { top.v[m][r] = fmaxf(top.v[m][r], x); });
-    top.reduce_lanes([](float a, float b) { return fmaxf(a, b); });
-
     bool grown = false;
-    top.for_each([&](float& x, int m, int r) {
-      x *= scale;
-      grown |= x > reference.v[m][r] + kSlack;
-    });
+    top.for_each(
+        [&](float& x, int m, int r) { grown |= fmaf(x, scale, -reference.v[m][r]) > kSlack; });
     if (any_lane(grown)) {
+      top.reduce_lanes([](float a, float b) { return fmaxf(a, b); });
       RowVec<T, kRows> decay;
       reference.for_each([&](float& old, int m, int r) {
-        const float now = fmaxf(old, top.v[m][r]);
-        decay.v[m][r] = fast_exp2(old - shift(now));
+        const float now = fmaxf(old, top.v[m][r] * scale);
+        decay.v[m][r] = fast_exp2(old - now);
         sum.v[m][r] *= decay.v[m][r];
         old = now;
       });
       o.for_each([&](float& x, int m, int r, int) { x *= decay.v[m][r]; });
     }
-
-    RowVec<T, kRows> shifts;
-    shifts.for_each([&](float& x, int m, int r) { x = shift(reference.v[m][r]); });
     s.for_each([&](float& x, int m, int r, int) {
-      x = fast_exp2(fmaf(x, scale, -shifts.v[m][r]));
+      x = fast_exp2(fmaf(x, scale, -reference.v[m][r]));
       sum.v[m][r] += x;
     });
   }
-
-  // What to subtract; a row that has seen nothing has no maximum.
-  FX_DEVICE static float shift(float reference) { return reference == -INFINITY ? 0.f : reference; }
 };
 
 }  // namespace flash_ext

@@ -8,59 +8,123 @@
 namespace flash_ext {
 
 // An element of a mask tensor as what is added to a score.
-FX_DEVICE float mask_value(const MaskView& mask, int64_t offset) {
+template <typename E>
+FX_DEVICE float mask_value(E x) {
+  if constexpr (std::is_same_v<E, uint8_t>) return x ? 0.f : -INFINITY;
+  else return to_float(x);
+}
+
+// f(the mask's elements, as what they are)
+template <typename F>
+FX_DEVICE auto with_elements(const MaskView& mask, F f) {
   switch (mask.dtype) {
-    case DType::b8: return static_cast<const uint8_t*>(mask.data)[offset] ? 0.f : -INFINITY;
-    case DType::f16: return to_float(static_cast<const half_t*>(mask.data)[offset]);
-    case DType::bf16: return to_float(static_cast<const bf16_t*>(mask.data)[offset]);
-    case DType::f64: return to_float(static_cast<const double*>(mask.data)[offset]);
-    default: return static_cast<const float*>(mask.data)[offset];
+    case DType::b8: return f(static_cast<const uint8_t*>(mask.data));
+    case DType::f16: return f(static_cast<const half_t*>(mask.data));
+    case DType::bf16: return f(static_cast<const bf16_t*>(mask.data));
+    case DType::f64: return f(static_cast<const double*>(mask.data));
+    default: return f(static_cast<const float*>(mask.data));
   }
 }
 
-// s = q k^T becomes scores to base 2, of the rows from row0 and the keys from kv0 on. Keys that are
-// not there are left to the band mask.
+FX_DEVICE float mask_value(const MaskView& mask, int64_t offset) {
+  return with_elements(mask, [&](const auto* elements) { return mask_value(elements[offset]); });
+}
+
+// The mask tensor of a block of scores. Where two neighbouring keys can be read at once, they are
+// fetched before the scores are computed, which hides the wait for them.
+template <typename T, int kRows, int kCols>
+struct MaskBlock {
+  using Scores = AccTile<T, kRows, kCols>;
+  // float32's tiles have no registers to spare.
+  static constexpr bool kPairs = MmaAtom<T>::kColsInPairs && !std::is_same_v<T, float>;
+  const AttnParams& p;
+  RowVec<T, kRows, int64_t> row;  // where a row's key 0 is
+  bool in_pairs;
+  uint32_t pair[kPairs ? Scores::kPairs : 1];  // as they lie in memory
+
+  FX_DEVICE MaskBlock(const AttnParams& p, const FwdTask& task, int row0) : p(p) {
+    const MaskView& mask = p.mask;
+    const bool bytes = mask.dtype == DType::b8;
+    const int64_t strides = mask.batch_stride | mask.head_stride | mask.q_stride | p.seq_kv;
+    in_pairs = (bytes || mask.dtype == DType::f16 || mask.dtype == DType::bf16) &&
+               mask.kv_stride == 1 && strides % 2 == 0 &&
+               reinterpret_cast<uintptr_t>(mask.data) % (bytes ? 2 : 4) == 0;
+    row.for_each([&](int64_t& x, int m, int slot) {  // rows that are not there repeat the last one
+      const int r = std::min(row0 + Scores::row(m, slot), task.rows - 1);
+      x = task.batch * mask.batch_stride + task.head_of(r) * mask.head_stride +
+          task.query(r) * mask.q_stride;
+    });
+  }
+
+  // Of the keys from kv0 on. Those that are not there are left to the band mask; they repeat the
+  // last ones.
+  FX_DEVICE void fetch(int kv0) {
+    if constexpr (kPairs) {
+      if (!in_pairs) return;
+      const int last = static_cast<int>(p.seq_kv) - 2 - kv0;
+      const auto fetch_all = [&](const auto* pairs) {
+        Scores::for_each_pair([&](int j, int m, int slot, int col) {
+          pair[j] = pairs[(row.v[m][slot] + kv0 + std::min(col, last)) / 2];
+        });
+      };
+      if (p.mask.dtype == DType::b8) fetch_all(static_cast<const uint16_t*>(p.mask.data));
+      else fetch_all(static_cast<const uint32_t*>(p.mask.data));
+    }
+  }
+
+  FX_DEVICE void add_to(Scores& s, int kv0) const {
+    const auto add = [](float& x, float y) { x = y == -INFINITY ? y : x + y; };  // also to NaN
+    with_elements(p.mask, [&](const auto* elements) {
+      using E = std::remove_cvref_t<decltype(*elements)>;
+      if constexpr (kPairs && sizeof(E) <= 2) {
+        if (in_pairs) {
+          Scores::for_each_pair([&](int j, int, int, int) {
+            const E* two = reinterpret_cast<const E*>(&pair[j]);
+            for (int i = 0; i < 2; ++i) add(s.pair(j)[i], mask_value(two[i]));
+          });
+          return;
+        }
+      }
+      const int last = static_cast<int>(p.seq_kv) - 1 - kv0;
+      s.for_each([&](float& x, int m, int slot, int col) {
+        const int64_t key = kv0 + std::min(col, last);
+        add(x, mask_value(elements[row.v[m][slot] + key * p.mask.kv_stride]));
+      });
+    });
+  }
+};
+
+// Of the variants without mask tensors.
+struct NoMask {
+  FX_DEVICE NoMask(const AttnParams&, const FwdTask&, int) {}
+};
+
+// s = q k^T becomes scores under softcap and ALiBi, of the rows from row0 and the keys from kv0 on.
 template <typename T, int kRows, int kCols>
 FX_DEVICE void apply_options(AccTile<T, kRows, kCols>& s, const AttnParams& p, const FwdTask& task,
                              int row0, int kv0) {
   const float scale = static_cast<float>(p.scale), softcap = static_cast<float>(p.softcap);
   if (softcap > 0.f) {
     const float inside = static_cast<float>(p.scale / p.softcap);
-    s.for_each([&](float& x, int, int, int) { x = softcap * tanhf(x * inside); });
+    s.for_each([&](float& x, int, int, int) {
+      x = softcap * (std::is_same_v<T, float> ? tanhf(x * inside) : fast_tanh(x * inside));
+    });
   } else {
     s.for_each([&](float& x, int, int, int) { x *= scale; });
   }
-
-  const auto row_of = [&](int m, int slot) {  // rows that are not there repeat the last one
-    return std::min(row0 + s.row(m, slot), task.rows - 1);
-  };
   if (p.alibi_slopes) {
-    RowVec<T, kRows> slope, here;  // here: the key at distance 0
+    RowVec<T, kRows> slope, here;  // here: from this lane's first key to the one at distance 0
     slope.for_each([&](float& x, int m, int r) {
-      const int row = row_of(m, r);
+      const int row = std::min(row0 + s.row(m, r), task.rows - 1);  // as MaskBlock's
       x = static_cast<const float*>(
           p.alibi_slopes)[task.batch * p.alibi_batch_stride + task.head_of(row)];
-      here.v[m][r] =
-          static_cast<float>(task.query(row) + task.seq_kv - task.rows / task.pack.by - kv0);
+      here.v[m][r] = static_cast<float>(task.query(row) + task.seq_kv - task.rows / task.pack.by -
+                                        kv0 - s.first_col());
     });
     s.for_each([&](float& x, int m, int r, int col) {
-      x -= slope.v[m][r] * fabsf(here.v[m][r] - static_cast<float>(col));
+      x -= slope.v[m][r] * fabsf(here.v[m][r] - static_cast<float>(col - s.first_col()));
     });
   }
-  if (p.mask.data) {
-    RowVec<T, kRows, int64_t> offset;
-    offset.for_each([&](int64_t& x, int m, int r) {
-      const int row = row_of(m, r);
-      x = task.batch * p.mask.batch_stride + task.head_of(row) * p.mask.head_stride +
-          task.query(row) * p.mask.q_stride;
-    });
-    s.for_each([&](float& x, int m, int r, int col) {
-      const int key = std::min(kv0 + col, task.seq_kv - 1);
-      const float y = mask_value(p.mask, offset.v[m][r] + key * p.mask.kv_stride);
-      x = y == -INFINITY ? y : x + y;
-    });
-  }
-  s.for_each([&](float& x, int, int, int) { x *= kLog2e; });
 }
 
 // The 16 bits of a key, of those of eight neighbours; written so that `bits` stays in registers.

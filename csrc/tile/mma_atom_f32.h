@@ -22,14 +22,18 @@ struct MmaAtom<float> : MmaAtom<bf16_t> {
   // first, and what has been summed before is added outside.
   FX_DEVICE static void mma(Acc& c, const A& a, const B& b) {
     Acc sum{};
-    Narrow::mma(sum, a.part[0], b.part[2]);
-    Narrow::mma(sum, a.part[2], b.part[0]);
-    Narrow::mma(sum, a.part[1], b.part[1]);
-    Narrow::mma(sum, a.part[0], b.part[1]);
-    Narrow::mma(sum, a.part[1], b.part[0]);
-    Narrow::mma(sum, a.part[0], b.part[0]);
+    mma_apart(sum, sum, a, b);
 #pragma unroll
     for (int i = 0; i < kAccRegs; ++i) c.reg[i] += sum.reg[i];
+  }
+  // The product of the first parts goes to `large`, the others, below 2^-6 of it, to `small`.
+  FX_DEVICE static void mma_apart(Acc& large, Acc& small, const A& a, const B& b) {
+    Narrow::mma(small, a.part[0], b.part[2]);
+    Narrow::mma(small, a.part[2], b.part[0]);
+    Narrow::mma(small, a.part[1], b.part[1]);
+    Narrow::mma(small, a.part[0], b.part[1]);
+    Narrow::mma(small, a.part[1], b.part[0]);
+    Narrow::mma(large, a.part[0], b.part[0]);
   }
 
   template <typename Tile>

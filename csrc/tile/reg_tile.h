@@ -87,6 +87,21 @@ struct AccTile {
           f(atom[m][n].reg[i], other.atom[m][n].reg[i], m, Atom::row_slot(i),
             n * kAtom + Atom::col(i));
   }
+  // f(number of the pair, m, slot, col) for the pairs of neighbouring columns this lane holds.
+  static constexpr int kPairs = kM * kN * Atom::kAccRegs / 2;
+  template <typename F>
+  FX_DEVICE static void for_each_pair(F f) {
+    static_assert(Atom::kColsInPairs);
+    constexpr int kHalf = Atom::kAccRegs / 2;
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j)
+      f(j, j / kHalf / kN, Atom::row_slot(2 * (j % kHalf)),
+        j / kHalf % kN * kAtom + Atom::col(2 * (j % kHalf)));
+  }
+  FX_DEVICE float* pair(int j) {
+    constexpr int kHalf = Atom::kAccRegs / 2;
+    return atom[j / kHalf / kN][j / kHalf % kN].reg + 2 * (j % kHalf);
+  }
   FX_DEVICE void clear() {
     for_each([](float& x, int, int, int) { x = 0.f; });
   }
@@ -131,6 +146,8 @@ struct AccTile {
       }
   }
   FX_DEVICE static int row(int m, int slot) { return m * kAtom + Atom::row(slot); }
+  // This lane's first column: the others are constants away from it.
+  FX_DEVICE static int first_col() { return Atom::col(0); }
   // Whether this lane, among those that share a row, is the one that speaks for it.
   FX_DEVICE static bool speaks_for_row() { return Atom::col(0) == 0; }
 };
@@ -200,6 +217,35 @@ FX_DEVICE void mma_abt(AccTile<T, kM, kN>& c, const Operand& a, const Tile& b) {
   mma_steps<kK / kAtom>(
       c, [&](int m, int k) { return a.get(m, k); },
       [&](int n, int k) { return MmaAtom<T>::load_b(b, n * kAtom, k * kAtom); });
+}
+
+// c[m, n] = a[m, k] * b[n, k], likewise. float32: where its small products have a sum of their own,
+// the large ones of up to 128 columns are few enough to be summed in the matrix units, see
+// MmaAtom<float>::mma.
+template <int kK, typename T, int kM, int kN, typename Operand, typename Tile>
+FX_DEVICE void product_abt(AccTile<T, kM, kN>& c, const Operand& a, const Tile& b) {
+  c.clear();
+  if constexpr (std::is_same_v<T, float> && kK <= 128) {
+    using Atom = MmaAtom<float>;
+    AccTile<float, kM, kN> small;
+    small.clear();
+#pragma unroll
+    for (int k = 0; k < kK / kAtom; ++k) {
+      typename Atom::A x[kM / kAtom];
+#pragma unroll
+      for (int m = 0; m < kM / kAtom; ++m) x[m] = a.get(m, k);
+#pragma unroll
+      for (int n = 0; n < kN / kAtom; ++n) {
+        const typename Atom::B y = Atom::load_b(b, n * kAtom, k * kAtom);
+#pragma unroll
+        for (int m = 0; m < kM / kAtom; ++m)
+          Atom::mma_apart(c.atom[m][n], small.atom[m][n], x[m], y);
+      }
+    }
+    c.for_each(small, [](float& x, float y, int, int, int) { x += y; });
+  } else {
+    mma_abt<kK>(c, a, b);
+  }
 }
 
 // c[m, n] += a[m, k] * b[k, n]; a an accumulator, rounded to T; b in shared memory.

@@ -50,6 +50,27 @@ struct SharedTile {
   }
 };
 
+// The same, but for 16 bytes after each row instead of the swizzle: rows are an odd number of chunks
+// apart. It takes more memory, and all addresses of a lane are one register and constants.
+template <typename T, int kRows, int kCols>
+struct PaddedTile {
+  static_assert(sizeof(T) == 2 && kCols % 16 == 0);
+  static constexpr int kStride = kCols + 8, kBytes = kRows * kStride * 2;
+  T* data;
+
+  FX_DEVICE static PaddedTile in(unsigned char* smem) { return {reinterpret_cast<T*>(smem)}; }
+
+  FX_DEVICE T* at(unsigned row, unsigned col) const { return data + lane_offset(row, col); }
+  FX_DEVICE static unsigned lane_offset(unsigned row, unsigned col) { return row * kStride + col; }
+  FX_DEVICE static constexpr unsigned flip(unsigned) { return 0; }
+  FX_DEVICE static constexpr unsigned jump(unsigned row0, unsigned col0) {
+    return row0 * kStride + col0;
+  }
+  FX_DEVICE static unsigned offset(unsigned row0, unsigned col0, unsigned row, unsigned col) {
+    return lane_offset(row, col) + jump(row0, col0);
+  }
+};
+
 // A tile from column col0 on, a multiple of 16 that need not be known to the compiler. Columns that
 // are asked for must have none of col0's bits: then their sum is an XOR.
 template <typename Tile>

@@ -7,7 +7,7 @@ namespace flash_ext {
 
 inline constexpr int kParts = 3;
 
-// Each part is exactly a bfloat16, and at most 2^-7 and 2^-9 of the part before it. What is not
+// Each part is exactly a bfloat16, and at most 2^-7 and 2^-8 of the part before it. What is not
 // finite is the last part alone: of a product's terms only one, with the other factor's first part,
 // holds it then, so that infinity times x is an infinity of x's sign.
 struct Split {

@@ -10,6 +10,12 @@ FX_DEVICE void copy_async(void* dst_smem, const void* src_gmem, int bytes) {
   ptx::cp_async(dst_smem, src_gmem, bytes);
 }
 
+// Writes 16 bytes to dst_smem: those of src_gmem, or zeros where they are not there to be read. Both
+// 16-byte aligned. Cheaper than a number of bytes.
+FX_DEVICE void copy_async_if(bool there, void* dst_smem, const void* src_gmem) {
+  ptx::cp_async_if(there, dst_smem, src_gmem);
+}
+
 // Ends a group of copies.
 FX_DEVICE void copy_commit() { ptx::cp_async_commit_group(); }
 

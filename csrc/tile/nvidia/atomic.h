@@ -12,6 +12,10 @@ FX_DEVICE void add_to(float* dst, float a, float b) {
   else atomicAdd(dst, a), atomicAdd(dst + 1, b);
 }
 
+// What was written before store_release is seen by who reads it after load_acquire.
+FX_DEVICE int load_acquire(const int* src) { return ptx::ld_acquire(src); }
+FX_DEVICE void store_release(int* dst, int x) { ptx::st_release(dst, x); }
+
 // Whether add_async is there.
 inline constexpr bool kHasAddAsync = ptx::kSm90;
 

@@ -18,6 +18,12 @@ FX_DEVICE float ex2(float x) {
   return y;
 }
 
+FX_DEVICE float rcp(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two floats rounded to T, a half_t or bf16_t.
 template <typename T>
 FX_DEVICE uint32_t cvt(float low, float high) {
@@ -63,10 +69,28 @@ FX_DEVICE void cp_async(void* dst_smem, const void* src, int bytes) {
       "l"(src), "r"(bytes)
       : "memory");
 }
+// The same, all of them or none.
+FX_DEVICE void cp_async_if(bool there, void* dst_smem, const void* src) {
+  asm volatile(
+      "{\n.reg .pred absent;\nsetp.eq.u32 absent, %2, 0;\n"
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, absent;\n}" ::"r"(
+          shared_address(dst_smem)),
+      "l"(src), "r"(static_cast<uint32_t>(there))
+      : "memory");
+}
 FX_DEVICE void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kNewest>
 FX_DEVICE void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
+}
+
+FX_DEVICE int ld_acquire(const int* src) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(src) : "memory");
+  return x;
+}
+FX_DEVICE void st_release(int* dst, int x) {
+  asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(dst), "r"(x) : "memory");
 }
 
 // What only sm_90 and newer have.

@@ -35,7 +35,9 @@ void attn_bwd(const AttnBwdParams& params, int multiprocessors, bool determinist
   BwdPlan plan = plan_bwd(params, gpu, deterministic);
   std::vector<float> scratch(plan.scratch_floats(), NAN);
   plan.use_scratch(scratch.data());
+  simt::blocks_in_order = deterministic;
   launch_bwd(plan, gpu, nullptr);
+  simt::blocks_in_order = false;
 }
 
 }  // namespace

@@ -50,6 +50,12 @@ void barrier();
 // An access to shared memory that the compiler does not announce.
 void touch(const void* address, size_t bytes, bool write);
 
+// Fails where it is looked at again and again: what would change it runs later.
+int load_without_waiting(const int* src);
+
+// Whether thread blocks run as they are numbered, whatever `order` says: those that take turns do.
+extern bool blocks_in_order;
+
 // Called when a lane returns, if set.
 extern void (*at_return)();
 

@@ -25,8 +25,6 @@ struct Thread {
   int groups = 0;
 };
 std::map<unsigned, Thread> threads;  // those that have something under way
-const int* watched;
-int looks;
 
 Thread& mine() { return threads[self->thread.x]; }
 
@@ -74,14 +72,6 @@ void cp_async_bulk_wait_group() {
 }
 
 void fence_proxy_async() {}
-
-int ld_acquire(const int* src) {
-  constexpr int kMostLooks = 1000;
-  looks = src == watched ? looks + 1 : 0;
-  watched = src;
-  if (looks > kMostLooks) fail("a thread block waits for one that has not run");
-  return *src;
-}
 
 // Nothing may be under way when a thread returns.
 [[maybe_unused]] const bool checked_at_return = [] {

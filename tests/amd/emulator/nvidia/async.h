@@ -20,7 +20,4 @@ void cp_reduce_async_bulk_add(float* dst, const float* src_smem, int bytes);
 void cp_async_bulk_wait_group();
 void fence_proxy_async();
 
-// Fails where it would have to wait for a thread block that runs later.
-int ld_acquire(const int* src);
-
 }  // namespace simt

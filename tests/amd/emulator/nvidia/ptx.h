@@ -23,6 +23,8 @@ FX_DEVICE float ex2(float x) {  // denormals are zero
   return y < 1.17549435e-38f ? 0.f : y;
 }
 
+FX_DEVICE float rcp(float x) { return 1.f / x; }
+
 template <typename T>
 FX_DEVICE uint32_t cvt(float low, float high) {
   T pair[2];
@@ -58,13 +60,16 @@ FX_DEVICE void mma_m16n8k16(float* c, const uint32_t* a, const uint32_t* b) {
 FX_DEVICE void cp_async(void* dst_smem, const void* src, int bytes) {
   simt::cp_async(dst_smem, src, bytes);
 }
+FX_DEVICE void cp_async_if(bool there, void* dst_smem, const void* src) {
+  simt::cp_async(dst_smem, src, there ? 16 : 0);
+}
 FX_DEVICE void cp_async_commit_group() { simt::cp_async_commit_group(); }
 template <int kNewest>
 FX_DEVICE void cp_async_wait_group() {
   simt::cp_async_wait_group(kNewest);
 }
 
-FX_DEVICE int ld_acquire(const int* src) { return simt::ld_acquire(src); }
+FX_DEVICE int ld_acquire(const int* src) { return simt::load_without_waiting(src); }
 FX_DEVICE void st_release(int* dst, int x) { *dst = x; }
 
 inline constexpr bool kSm90 = simt::kSm90;
