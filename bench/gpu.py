@@ -109,7 +109,11 @@ def captured(call):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+
+    def replay(call=call):  # whose tensors the graph reads: they must live as long as it
+        graph.replay()
+
+    return replay
 
 
 def seconds(call, least):

@@ -86,15 +86,15 @@ BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic
   args.blocks_q = static_cast<int>(ceil_div(p.seq_q * pack, tile.block_q));
   plan.takes_turns = deterministic;
 
-  // As many groups as fit half of the L2 cache with q, grad_o and dq, but enough that the last ones
-  // to start do not leave most of the device idle.
+  // As many groups as fit half of the L2 cache with q, grad_o and dq, and as many as fill the device:
+  // one after the other, the last would leave a part of it idle.
   const int64_t group_bytes =
       p.seq_q * pack * ((p.head_dim + p.head_dim_v) * element_bytes(p.dtype) + args.dq_cols * 4);
   const int64_t fit = gpu.l2_bytes / 2 / std::max<int64_t>(group_bytes, 1);
   const int64_t slots = int64_t{gpu.multiprocessors} * tile.blocks_per_sm;
-  const int64_t enough = ceil_div(2 * slots, std::max<int64_t>(args.blocks_kv, 1));
+  const int64_t fill = slots / std::max<int64_t>(args.blocks_kv, 1);
   args.groups_at_once = static_cast<int>(
-      std::clamp<int64_t>(std::max<int64_t>(fit, enough), 1, std::max<int64_t>(args.groups, 1)));
+      std::clamp<int64_t>(std::max<int64_t>(fit, fill), 1, std::max<int64_t>(args.groups, 1)));
   return plan;
 }
 

@@ -24,7 +24,7 @@ class DqSum {
     if (threadIdx.x != 0) return;
     if constexpr (!Config::kAsyncDq) wait_for_turn(block);
     else if (!args.turns) wait_add_async_read();
-    else if (block > task.block_begin) finish(block - 1);
+    else if (block + 1 < task.block_end) finish(block + 1);
   }
 
   // dq of the block's rows += ds k, with ds = [keys, rows] in shared memory.

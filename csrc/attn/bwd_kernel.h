@@ -139,23 +139,26 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     grad_o_rows.load(smem.grad_o(block), block);
   };
   RowFactsLoader<Config::kGeneral, kBlockQ> facts(args, task);
+  const int first_block = task.block_end - 1;
   if (task.block_begin < task.block_end) {
-    load_rows(task.block_begin);
-    facts.fetch(task.block_begin);
+    load_rows(first_block);
+    facts.fetch(first_block);
   }
   copy_commit();
 
   const DqSum<Config, BwdSmem<Config>> dq(args, task, smem);
   typename Config::KvGrad dk, dv;
   dk.clear(), dv.clear();
-  for (int block = task.block_begin; block < task.block_end; ++block) {
-    const bool more = block + 1 < task.block_end;
+  // From the last row up: thread blocks that run together then are at the same rows, which are in
+  // the L2 cache, also where each sees other ones of the first.
+  for (int block = first_block; block >= task.block_begin; --block) {
+    const bool more = block > task.block_begin;
     facts.put(smem.rows());
     copy_wait<0>();
     __syncthreads();  // this block has arrived; nobody works on the one before any more
-    if (block > task.block_begin) dq.hand_over(block - 1);
-    if (more) facts.fetch(block + 1);
-    if (Config::kStages == 2 && more) load_rows(block + 1);
+    if (block < first_block) dq.hand_over(block + 1);
+    if (more) facts.fetch(block - 1);
+    if (Config::kStages == 2 && more) load_rows(block - 1);
     copy_commit();
 
 #pragma unroll
@@ -198,7 +201,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     }
     if constexpr (Config::kStages == 1) {
       if constexpr (kWarpsD > 1) __syncthreads();  // nobody reads q and grad_o any more
-      if (more) load_rows(block + 1);
+      if (more) load_rows(block - 1);
       copy_commit();
     }
     dq.add(block);
@@ -207,12 +210,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   copy_wait<0>();   // k and v have arrived, also where no row was there to wait for them
   __syncthreads();  // nobody reads k and v any more; the last block's dq is there
   const bool any = task.block_begin < task.block_end;
-  if (any) dq.hand_over(task.block_end - 1);
+  if (any) dq.hand_over(task.block_begin);
   const float dv_factor = Config::kGeneral ? 65536.f / (65536.f - p.dropout_threshold) : 1.f;
   write_kv_grad<Config>(dk, static_cast<float>(p.scale), smem.k(), p.dk, task, warp_key, warp_col,
                         p.head_dim);
   write_kv_grad<Config>(dv, dv_factor, smem.v(), p.dv, task, warp_key, warp_col, p.head_dim_v);
-  if (any) dq.finish(task.block_end - 1);
+  if (any) dq.finish(task.block_begin);
 }
 
 }  // namespace flash_ext

@@ -42,13 +42,14 @@ constexpr BwdTile bwd_tile_f32(BwdVariant v, bool amd) {
   switch (v.head_dim) {
     case 32: return {64, 64, 4, 1, 32, 1, 16, 32, 2, false};
     case 64: return {64, 32, 4, 1, 32, 1, 16, 32, 2, false};
-    case 96: return {32, 32, 2, 1, 16, 1, 16, 96, 2, false};
+    case 96: return {32, 32, 2, 2, 16, 1, 16, 48, 2, false};
     case 128:
       if (v.general) return {32, 16, 2, 1, 16, 1, 16, 64, 1, false};
-      return {64, 32, 4, 1, 16, 1, 16, 64, 1, false};
+      return {64, 32, 4, 2, 16, 1, 16, 32, 1, false};
     default:
       if (v.general) return {16, 16, 1, 1, 16, 1, 16, v.head_dim / 4, 1, false};
-      return {32, 32, 2, 2, 16, 1, 16, v.head_dim / 4, 1, false};
+      if (v.head_dim == 192) return {32, 32, 2, 2, 16, 1, 32, 48, 1, false};
+      return {32, 32, 2, 2, 16, 1, 16, 64, 1, false};
   }
 }
 
