@@ -1,28 +1,14 @@
 #include "../vendor.h"
 
 #include <algorithm>
-#include <iterator>
 
 #include "../gpu_check.h"
 #include "../tile/platform.h"
 #include "bwd.h"
-#include "load_tile.h"
+#include "plan.h"
 
 namespace flash_ext {
 namespace {
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
-// Rows that cannot be read or written 16 bytes at a time, and options that change scores.
-bool needs_general(const AttnBwdParams& p) {
-  const int bytes = element_bytes(p.dtype);
-  bool chunks = (p.head_dim | p.head_dim_v) * bytes % 16 == 0;
-  for (const TensorView& t : {p.q, p.k, p.v, p.grad_o, p.dk, p.dv})
-    chunks = chunks && in_chunks(t, bytes);
-  return !chunks || p.mask.data || p.softcap > 0 || p.alibi_slopes || p.dropout_threshold;
-}
 
 // Whether several products add to one element of dmask.
 bool dmask_is_shared(const AttnBwdParams& p) {
@@ -32,41 +18,15 @@ bool dmask_is_shared(const AttnBwdParams& p) {
           (p.dmask_kv_stride == 0 && p.seq_kv > 1));
 }
 
-template <DType kDType>
-BwdLauncher find_bwd_of_dtype(BwdVariant v) {
-  switch (v.head_dim) {
-    case 32: return find_bwd<kDType, 32>(v);
-    case 64: return find_bwd<kDType, 64>(v);
-    case 96: return find_bwd<kDType, 96>(v);
-    case 128: return find_bwd<kDType, 128>(v);
-    case 192: return find_bwd<kDType, 192>(v);
-    default: return find_bwd<kDType, 256>(v);
-  }
-}
-
-BwdLauncher find_bwd_of(BwdVariant v) {
-  switch (v.dtype) {
-    case DType::f16: return find_bwd_of_dtype<DType::f16>(v);
-    case DType::bf16: return find_bwd_of_dtype<DType::bf16>(v);
-    default: return find_bwd_of_dtype<DType::f32>(v);
-  }
-}
-
 }  // namespace
 
 BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic) {
-  const int64_t wide = std::max<int64_t>(p.head_dim, p.head_dim_v);
-  const int* head_dim = std::lower_bound(std::begin(kFwdHeadDims), std::end(kFwdHeadDims), wide);
-  FX_CHECK(head_dim != std::end(kFwdHeadDims), "q: expected head_dim of at most 256, got ", wide);
-  FX_CHECK(p.dtype != DType::f64, "q: expected float16, bfloat16 or float32 on a GPU");
+  const int head_dim = head_dim_of_kernel(p);
   FX_CHECK(!deterministic || !dmask_is_shared(p),
            "deterministic: the gradient of a broadcast attn_mask is not, on a GPU");
   const int64_t pack = p.heads_q / std::max<int64_t>(p.heads_kv, 1);
-  constexpr int64_t kMostRows = int64_t{1} << 29;
-  FX_CHECK(p.seq_q * pack < kMostRows && p.seq_kv < kMostRows,
-           "q, k: expected sequences below 2^29 rows");
 
-  BwdPlan plan{{p.dtype, *head_dim, needs_general(p)}, {p}};
+  BwdPlan plan{{p.dtype, head_dim, needs_general(p, {p.q, p.k, p.v, p.grad_o, p.dk, p.dv})}, {p}};
   BwdArgs& args = plan.args;
   BwdTile tile = bwd_tile(plan.variant, kAmd);
   if (tile.smem_bytes(plan.variant, gpu.adds_async) > gpu.smem_per_block) {
@@ -74,14 +34,14 @@ BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic
     tile = bwd_tile(plan.variant, kAmd);
   }
   const int smem_bytes = tile.smem_bytes(plan.variant, gpu.adds_async);
-  FX_CHECK(smem_bytes <= gpu.smem_per_block, "q: the gradient of head_dim ", wide,
+  FX_CHECK(smem_bytes <= gpu.smem_per_block, "q: the gradient of head_dim ", head_dim,
            " in this dtype needs ", smem_bytes, " bytes of shared memory, this GPU has ",
            gpu.smem_per_block);
   args.pack = Divisor(static_cast<int>(pack));
   args.blocks_kv = static_cast<int>(ceil_div(p.seq_kv, tile.block_kv));
   args.groups = p.batch * p.heads_kv;
   args.rows = p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;
-  args.dq_cols = *head_dim;
+  args.dq_cols = head_dim;
   args.dq_flip = tile.async_dq && gpu.adds_async ? 8 : 0;
   args.blocks_q = static_cast<int>(ceil_div(p.seq_q * pack, tile.block_q));
   plan.takes_turns = deterministic;
@@ -115,12 +75,18 @@ void BwdPlan::use_scratch(float* scratch) {
 void launch_bwd(const BwdPlan& plan, const GpuFacts& gpu, void* stream) {
   const BwdArgs& args = plan.args;
   if (args.rows > 0) {
-    FX_CUDA_CHECK(cudaMemsetAsync(args.dq, 0, (plan.dq_floats() + plan.turns()) * sizeof(float),
-                                  static_cast<stream_t>(stream)));
-    launch_bwd_stats(plan, stream);
+    if (args.turns)
+      FX_CUDA_CHECK(cudaMemsetAsync(args.turns, 0, plan.turns() * sizeof(int),
+                                    static_cast<stream_t>(stream)));
+    launch_bwd_start(plan, stream);
   }
   if (args.params.dsinks) launch_bwd_dsinks(plan, stream);
-  if (args.groups * args.blocks_kv > 0) find_bwd_of(plan.variant)(args, gpu, stream);
+  if (args.groups * args.blocks_kv > 0) {
+    const auto launch = with_constants(
+        plan.variant.dtype, plan.variant.head_dim,
+        [&](auto dtype, auto head_dim) { return find_bwd<dtype(), head_dim()>(plan.variant); });
+    launch(args, gpu, stream);
+  }
   if (args.rows > 0) launch_bwd_finish(plan, stream);
 }
 

@@ -27,7 +27,7 @@ BwdPlan plan_bwd(const AttnBwdParams& params, const GpuFacts& gpu, bool determin
 void launch_bwd(const BwdPlan& plan, const GpuFacts& gpu, void* stream);
 
 // The parts before and after the main kernel, in bwd_rows.cu.
-void launch_bwd_stats(const BwdPlan& plan, void* stream);
+void launch_bwd_start(const BwdPlan& plan, void* stream);
 void launch_bwd_dsinks(const BwdPlan& plan, void* stream);
 void launch_bwd_finish(const BwdPlan& plan, void* stream);
 

@@ -1,5 +1,5 @@
-// The backward's work on single rows: what the main kernel needs to know of them, the gradient of
-// the sinks, and dq from float32 sums to the tensors' dtype.
+// The backward's work on single rows: what the main kernel needs to know of them and zeros for their
+// sums, the gradient of the sinks, and dq from float32 sums to the tensors' dtype.
 #include "../vendor.h"
 
 #include "../gpu_check.h"
@@ -62,7 +62,7 @@ struct Row {
 
 // args.rows rows in the order of lse.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) stats_kernel(const BwdArgs args) {
+__global__ void __launch_bounds__(kThreads) start_kernel(const BwdArgs args) {
   const AttnBwdParams& p = args.params;
   const int64_t index = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kLanesOfRow;
   const int lane = threadIdx.x % kLanesOfRow;
@@ -79,10 +79,14 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(const BwdArgs args) {
     for (int i = 0; i < 8; ++i) sum += to_float(x.value[i]) * to_float(y.value[i]);
   }
   for (int mask = 1; mask < kLanesOfRow; mask *= 2) sum += shuffle_xor(sum, mask);
-  if (lane != 0 || index >= args.rows) return;
+  if (index >= args.rows) return;
+  const int64_t at = row.of_group(args);
+  for (int col = 4 * lane; col < args.dq_cols; col += 4 * kLanesOfRow)
+    *reinterpret_cast<float4*>(args.dq + at * args.dq_cols + col) = {};
+  if (lane != 0) return;
   const float lse = static_cast<const float*>(p.lse)[index];
   const float grad_lse = p.grad_lse ? static_cast<const float*>(p.grad_lse)[index] : 0.f;
-  args.stats[row.of_group(args)] = {lse == -INFINITY ? INFINITY : lse * kLog2e, sum - grad_lse};
+  args.stats[at] = {lse == -INFINITY ? INFINITY : lse * kLog2e, sum - grad_lse};
 }
 
 // One thread block a head. A sink is a score without a value: its gradient is -weight * delta.
@@ -148,10 +152,10 @@ unsigned blocks_for(int64_t threads) {
 
 }  // namespace
 
-void launch_bwd_stats(const BwdPlan& plan, void* stream) {
+void launch_bwd_start(const BwdPlan& plan, void* stream) {
   const BwdArgs& args = plan.args;
   with_element(plan.variant.dtype, [&](auto element) {
-    stats_kernel<decltype(element)>
+    start_kernel<decltype(element)>
         <<<blocks_for(args.rows * kLanesOfRow), kThreads, 0, static_cast<stream_t>(stream)>>>(args);
   });
   FX_CUDA_CHECK(cudaGetLastError());

@@ -1,12 +1,12 @@
 // Every backward kernel that is compiled, and the size of its tiles: all tuning is in this table.
 #pragma once
-#include "fwd_variants.h"
+#include "params.h"
 
 namespace flash_ext {
 
 struct BwdVariant {
   DType dtype;
-  int head_dim;  // one of kFwdHeadDims, not below that of q nor of v
+  int head_dim;  // one of kHeadDims, see plan.h, not below that of q nor of v
   bool general;  // as in FwdVariant
   constexpr bool operator==(const BwdVariant&) const = default;
 };

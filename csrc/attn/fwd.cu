@@ -2,27 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <iterator>
 
 #include "../gpu_check.h"
 #include "../tile/platform.h"
 #include "fwd.h"
-#include "load_tile.h"
+#include "plan.h"
 
 namespace flash_ext {
 namespace {
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
-// Rows that cannot be read or written 16 bytes at a time, and options that change scores.
-bool needs_general(const AttnParams& p) {
-  const int bytes = element_bytes(p.dtype);
-  bool chunks = p.head_dim * bytes % 16 == 0 && p.head_dim_v * bytes % 16 == 0;
-  for (const TensorView& t : {p.q, p.k, p.v, p.o}) chunks = chunks && in_chunks(t, bytes);
-  return !chunks || p.mask.data || p.softcap > 0 || p.alibi_slopes || p.dropout_threshold;
-}
 
 // Dividing the keys fills the device, but the parts must be merged. Which number is best is
 // estimated in microseconds; the constants are an H200's.
@@ -48,47 +35,20 @@ int choose_splits(const FwdVariant& v, const FwdTile& tile, int64_t tiles, int64
   return best;
 }
 
-template <DType kDType>
-FwdLauncher find_fwd_of_dtype(FwdVariant v) {
-  switch (v.head_dim) {
-    case 32: return find_fwd<kDType, 32>(v);
-    case 64: return find_fwd<kDType, 64>(v);
-    case 96: return find_fwd<kDType, 96>(v);
-    case 128: return find_fwd<kDType, 128>(v);
-    case 192: return find_fwd<kDType, 192>(v);
-    default: return find_fwd<kDType, 256>(v);
-  }
-}
-
-FwdLauncher find_fwd_of(FwdVariant v) {
-  switch (v.dtype) {
-    case DType::f16: return find_fwd_of_dtype<DType::f16>(v);
-    case DType::bf16: return find_fwd_of_dtype<DType::bf16>(v);
-    default: return find_fwd_of_dtype<DType::f32>(v);
-  }
-}
-
 }  // namespace
 
 FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   const int64_t group = p.heads_q / std::max<int64_t>(p.heads_kv, 1);
-  const int64_t wide = std::max<int64_t>(p.head_dim, p.head_dim_v);
-  const int* head_dim = std::lower_bound(std::begin(kFwdHeadDims), std::end(kFwdHeadDims), wide);
-  FX_CHECK(head_dim != std::end(kFwdHeadDims), "q: expected head_dim of at most 256, got ", wide);
-  FX_CHECK(p.dtype != DType::f64, "q: expected float16, bfloat16 or float32 on a GPU");
-  constexpr int64_t kMostRows = int64_t{1} << 29;
-  FX_CHECK(p.seq_q * group < kMostRows && p.seq_kv < kMostRows,
-           "q, k: expected sequences below 2^29 rows");
-
-  FwdPlan plan{{p.dtype, *head_dim, FwdRows::many, needs_general(p)}, {p}};
+  const int head_dim = head_dim_of_kernel(p);
+  FwdPlan plan{{p.dtype, head_dim, FwdRows::many, needs_general(p, {p.q, p.k, p.v, p.o})}, {p}};
   FwdArgs& args = plan.args;
   const bool shares_kv = group > 1;
   for (const FwdRows rows : {FwdRows::some, FwdRows::few}) {
-    const FwdVariant v{p.dtype, *head_dim, rows, plan.variant.general};
+    const FwdVariant v{p.dtype, head_dim, rows, plan.variant.general};
     if (v.compiled() && p.seq_q * group <= fwd_tile(v, kAmd).block_q) plan.variant = v;
   }
   // The general tile may be smaller.
-  const FwdVariant general{p.dtype, *head_dim, FwdRows::many, true};
+  const FwdVariant general{p.dtype, head_dim, FwdRows::many, true};
   if (plan.variant.rows == FwdRows::many && p.seq_q * group <= fwd_tile(general, kAmd).block_q)
     plan.variant = general;
   FwdTile tile = fwd_tile(plan.variant, kAmd);
@@ -96,7 +56,7 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
     plan.variant = general;
     tile = fwd_tile(plan.variant, kAmd);
   }
-  FX_CHECK(tile.smem_bytes(plan.variant) <= gpu.smem_per_block, "q: head_dim ", wide,
+  FX_CHECK(tile.smem_bytes(plan.variant) <= gpu.smem_per_block, "q: head_dim ", head_dim,
            " of this dtype needs ", tile.smem_bytes(plan.variant),
            " bytes of shared memory, this GPU has ", gpu.smem_per_block);
   const int64_t packed = ceil_div(p.seq_q * group, tile.block_q);
@@ -138,7 +98,10 @@ void FwdPlan::use_scratch(float* scratch) {
 
 void launch_fwd(const FwdPlan& plan, const GpuFacts& gpu, void* stream) {
   if (plan.args.heads * plan.args.blocks_q == 0) return;
-  find_fwd_of(plan.variant)(plan.args, gpu, stream);
+  const auto launch = with_constants(
+      plan.variant.dtype, plan.variant.head_dim,
+      [&](auto dtype, auto head_dim) { return find_fwd<dtype(), head_dim()>(plan.variant); });
+  launch(plan.args, gpu, stream);
   if (plan.args.splits > 1) launch_combine(plan, gpu, stream);
 }
 

@@ -4,15 +4,12 @@
 
 namespace flash_ext {
 
-inline constexpr int kFwdHeadDims[] = {32,  64,  96,
-                                       128, 192, 256};  // others are filled up with zeros
-
 // few, some: one tile holds all queries that share a KV head.
 enum class FwdRows { few, some, many };
 
 struct FwdVariant {
   DType dtype;
-  int head_dim;  // one of kFwdHeadDims, not below that of q nor of v
+  int head_dim;  // one of kHeadDims, see plan.h, not below that of q nor of v
   FwdRows rows;
   // Knows mask tensors, softcap, ALiBi, dropout, and rows that cannot be read 16 bytes at a time.
   // The others know what is left: causal, windows, sinks, packed sequences, any other strides.

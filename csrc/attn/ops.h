@@ -1,0 +1,65 @@
+// The ops as their schemas have them (csrc/bindings.cpp), for a backend that is two functions:
+//   Pair fwd(q, k, v, packing or null, out_bshd, options)
+//   Five bwd(grad_out, grad_lse, q, k, v, out, lse, packing or null, need_mask_grad, deterministic,
+//            options)
+#pragma once
+#include "args.h"
+
+namespace flash_ext {
+
+using Pair = std::tuple<Tensor, Tensor>;                          // out, lse
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // dq, dk, dv, dmask, dsinks
+
+template <auto kFwd, auto kBwd>
+struct Ops {
+  static Pair attn_fwd(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                       int64_t window_left, int64_t window_right, bool top_left, bool out_bshd,
+                       double softcap, double dropout_p, const OptionalTensor& attn_mask,
+                       const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                       const OptionalTensor& rng_state, bool /*deterministic: always*/) {
+    return kFwd(q, k, v, nullptr, out_bshd,
+                {scale, softcap, dropout_p, window_left, window_right, top_left, attn_mask,
+                 alibi_slopes, sinks, rng_state});
+  }
+
+  static Pair attn_varlen_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                              const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                              int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+                              int64_t window_left, int64_t window_right, bool top_left,
+                              double softcap, double dropout_p, const OptionalTensor& attn_mask,
+                              const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                              const OptionalTensor& rng_state, bool /*deterministic: always*/) {
+    const Packing packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
+    return kFwd(q, k, v, &packing, false,
+                {scale, softcap, dropout_p, window_left, window_right, top_left, attn_mask,
+                 alibi_slopes, sinks, rng_state});
+  }
+
+  static Five attn_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q,
+                       const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                       double scale, int64_t window_left, int64_t window_right, bool top_left,
+                       double softcap, double dropout_p, const OptionalTensor& attn_mask,
+                       const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                       const OptionalTensor& rng_state, bool need_mask_grad, bool deterministic) {
+    return kBwd(grad_out, grad_lse, q, k, v, out, lse, nullptr, need_mask_grad, deterministic,
+                {scale, softcap, dropout_p, window_left, window_right, top_left, attn_mask,
+                 alibi_slopes, sinks, rng_state});
+  }
+
+  static Five attn_varlen_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse,
+                              const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                              const Tensor& lse, const Tensor& cu_seqlens_q,
+                              const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                              int64_t max_seqlen_k, double scale, int64_t window_left,
+                              int64_t window_right, bool top_left, double softcap, double dropout_p,
+                              const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
+                              const OptionalTensor& sinks, const OptionalTensor& rng_state,
+                              bool need_mask_grad, bool deterministic) {
+    const Packing packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
+    return kBwd(grad_out, grad_lse, q, k, v, out, lse, &packing, need_mask_grad, deterministic,
+                {scale, softcap, dropout_p, window_left, window_right, top_left, attn_mask,
+                 alibi_slopes, sinks, rng_state});
+  }
+};
+
+}  // namespace flash_ext
