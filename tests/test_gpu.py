@@ -181,13 +181,133 @@ def test_cuda_graphs(id):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_tensors_of_another_gpu():
+    def results(q):
+        q = q.detach().requires_grad_()
+        out = flash_ext.attn(q, q, q, is_causal=True, deterministic=True, backend="gpu")
+        return out, *torch.autograd.grad(out, q, torch.ones_like(out))
+
     q = normal(2, 4, 300, 64)
-    expected = flash_ext.attn(q, q, q, backend="gpu")
-    other = q.to("cuda:1")
+    expected = results(q)
     for _ in range(2):
-        assert torch.equal(flash_ext.attn(other, other, other, backend="gpu").to("cuda:0"), expected)
-        assert torch.equal(flash_ext.attn(q, q, q, backend="gpu"), expected)
+        for device in ("cuda:1", "cuda:0"):
+            for result, known in zip(results(q.to(device)), expected, strict=True):
+                assert result.device == torch.device(device) and torch.equal(result.to("cuda:0"), known)
     assert torch.cuda.current_device() == 0
+
+
+def gradients(q, k, v, grad_out, **options):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    return torch.autograd.grad(flash_ext.attn(*leaves, **options), leaves, grad_out)
+
+
+# More blocks of keys, and rows, than run at once, so that turns at one sum are waited for.
+@pytest.mark.parametrize("options", [{}, dict(is_causal=True), dict(window=(900, 300))], ids=str)
+@pytest.mark.parametrize(
+    "head_dim, dtype",
+    [(32, "bfloat16"), (64, "float16"), (96, "bfloat16"), (128, "bfloat16"), (192, "float16"), (256, "bfloat16")]
+    + [(64, "float32"), (128, "float32"), (256, "float32")],
+)
+def test_deterministic_gradients_repeat_bit_for_bit(head_dim, dtype, options):
+    q, k, v, grad_out = (normal(2, heads, 2500, head_dim, dtype=getattr(torch, dtype)) for heads in (6, 2, 2, 6))
+    first = gradients(q, k, v, grad_out, **options, deterministic=True, backend="gpu")
+    for _ in range(10):
+        again = gradients(q, k, v, grad_out, **options, deterministic=True, backend="gpu")
+        assert all(torch.equal(x, y) for x, y in zip(again, first, strict=True))
+    default = gradients(q, k, v, grad_out, **options, deterministic=False, backend="gpu")
+    for x, y in zip(default, first, strict=True):  # but for the order of float32 sums
+        torch.testing.assert_close(x.float(), y.float(), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_cuda_graph_of_a_training_step(deterministic):
+    q, k, v, grad_out = normal(2, 4, 500, 64), normal(2, 2, 700, 64), normal(2, 2, 700, 64), normal(2, 4, 500, 64)
+    options = dict(is_causal=True, deterministic=deterministic, backend="gpu")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        gradients(q, k, v, grad_out, **options)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(q, k, v, grad_out, **options)
+    for _ in range(3):
+        for x in (q, k, v, grad_out):
+            x.normal_()
+        graph.replay()
+        for x, y in zip(captured, gradients(q, k, v, grad_out, **options), strict=True):
+            torch.testing.assert_close(x, y, atol=0 if deterministic else 1e-2, rtol=0 if deterministic else 1e-2)
+
+
+def test_gradients_on_every_stream():
+    q = normal(4, 16, 1024, 64)
+    expected = gradients(q, q, q, q, deterministic=True, backend="gpu")
+    stream = torch.cuda.Stream()
+    late = torch.zeros_like(q)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        late.copy_(q)
+        found = gradients(late, late, late, late, deterministic=True, backend="gpu")
+    stream.synchronize()
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def exact_gradients(q, k, v, grad_out, out, lse):
+    """Of some queries and some keys, from the formula; lse and out are of all keys."""
+    q, k, v, grad_out, out = (x.double() for x in (q, k, v, grad_out, out))
+    scale = q.shape[-1] ** -0.5
+    weights = (q @ k.mT * scale - lse.double()[..., None]).exp()
+    ds = weights * (grad_out @ v.mT - (grad_out * out).sum(-1, keepdim=True)) * scale
+    return ds @ k, ds.mT @ q, weights.mT @ grad_out
+
+
+def assert_alike(x, exact, error=2e-2):
+    assert (x.double() - exact).norm() < error * exact.norm()
+
+
+def test_gradients_of_more_than_2_to_the_31_elements_of_queries():
+    rows = 2**31 // 128 + 64
+    q = torch.randn(1, 1, rows, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = normal(1, 1, 5, 128), normal(1, 1, 5, 128)
+    grad_out = torch.randn_like(q)
+    dq, dk, dv = gradients(q, k, v, grad_out, backend="gpu")
+    exact_dk = exact_dv = 0
+    for start in range(0, rows, 2**21):
+        part = slice(start, start + 2**21)
+        out, lse = flash_ext.attn(q[:, :, part], k, v, return_lse=True)
+        exact_dq, dk_part, dv_part = exact_gradients(q[:, :, part], k, v, grad_out[:, :, part], out, lse)
+        exact_dk, exact_dv = exact_dk + dk_part, exact_dv + dv_part
+        assert_alike(dq[:, :, part], exact_dq)
+    assert_alike(dk, exact_dk)
+    assert_alike(dv, exact_dv)
+
+
+def test_gradients_of_more_than_2_to_the_31_elements_of_keys():
+    rows = 2**31 // 128 + 64
+    q, grad_out = normal(1, 1, 5, 128), normal(1, 1, 5, 128)
+    k = torch.randn(1, 1, rows, 128, device="cuda", dtype=torch.bfloat16)
+    v = torch.randn_like(k)
+    out, lse = flash_ext.attn(q, k, v, return_lse=True, backend="gpu")
+    _, dk, dv = gradients(q, k, v, grad_out, backend="gpu")
+    for part in (slice(0, 10_000), slice(rows // 2, rows // 2 + 10_000), slice(-10_000, None)):
+        _, exact_dk, exact_dv = exact_gradients(q, k[:, :, part], v[:, :, part], grad_out, out, lse)
+        assert_alike(dk[:, :, part], exact_dk)
+        assert_alike(dv[:, :, part], exact_dv)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_memory_of_gradients(deterministic):
+    """What docs/design.md, section 9, says: nothing is copied or expanded."""
+    q, k, v, grad_out = (normal(4, heads, 2048, 64) for heads in (16, 2, 2, 16))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = flash_ext.attn(*leaves, deterministic=deterministic, backend="gpu")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.grad(out, leaves, grad_out)
+    rows = 4 * 16 * 2048
+    results = 2 * (q.numel() + k.numel() + v.numel())
+    turns = rows / 64 * 4 if deterministic else 0
+    assert torch.cuda.max_memory_allocated() - before <= results + rows * (4 * 64 + 8) + turns + 2**16
 
 
 @dtypes
