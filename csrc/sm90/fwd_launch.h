@@ -1,0 +1,30 @@
+#pragma once
+#include <algorithm>
+
+#include "../gpu_check.h"
+#include "fwd.h"
+#include "fwd_kernel.h"
+#include "tensor_map.h"
+
+namespace flash_ext::sm90 {
+
+template <typename Config>
+void launch(const FwdPlan& plan, const GpuFacts& gpu, void* stream) {
+  constexpr int kSmemBytes = Shared<Config>::kBytes;
+  static_assert(kSmemBytes <= 227 * 1024);
+  const auto kernel = fwd_kernel<Config>;
+  FX_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes));
+  const AttnParams& p = plan.args.params;
+  const int64_t batch = p.cu_seqlens_q ? 1 : p.batch;
+  FwdArgs args{plan.args};
+  args.q_map = tensor_map(p.q, {batch, p.heads_q, plan.rows_q, p.head_dim}, 64);
+  args.k_map = tensor_map(p.k, {batch, p.heads_kv, plan.rows_kv, p.head_dim}, Config::kBlockKV);
+  args.v_map = tensor_map(p.v, {batch, p.heads_kv, plan.rows_kv, p.head_dim_v}, Config::kBlockKV);
+  const int64_t tiles = args.heads * args.blocks_q;
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, gpu.multiprocessors));
+  kernel<<<blocks, Config::kThreads, kSmemBytes, static_cast<stream_t>(stream)>>>(args);
+  FX_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace flash_ext::sm90
