@@ -8,6 +8,7 @@ namespace flash_ext::sm90 {
 struct FwdPlan {
   flash_ext::FwdArgs args;
   int64_t rows_q, rows_kv;  // of the tensors: of a sequence, or of all packed ones
+  int64_t blocks;           // thread blocks
 };
 
 }  // namespace flash_ext::sm90

@@ -18,7 +18,7 @@ template <DType kDType, int kDim, FwdTile kSize = fwd_tile(kDim)>
 struct FwdConfig {
   using T = Element<kDType>;
   static constexpr FwdTile kTile = kSize;
-  static constexpr int kHeadDim = kDim, kStages = kTile.stages;
+  static constexpr int kHeadDim = kDim, kStages = kTile.stages, kQStages = kTile.q_stages;
   static constexpr int kWarpgroups = kTile.warpgroups, kThreads = (kWarpgroups + 1) * kWarpgroup;
   static constexpr int kBlockQ = kWarpgroups * 64, kBlockKV = kTile.block_kv;
 
@@ -35,26 +35,29 @@ struct Shared {
   using QTile = typename Config::QTile;
   using KvTile = typename Config::KvTile;
   static constexpr int kStages = Config::kStages, kWarpgroups = Config::kWarpgroups;
-  static constexpr int kTileBytes = kWarpgroups * QTile::kBytes + 2 * kStages * KvTile::kBytes;
-  static constexpr int kPlaces = kWarpgroups + 2 * kStages;
+  static constexpr int kQTiles = kWarpgroups * Config::kQStages;
+  static constexpr int kTileBytes = kQTiles * QTile::kBytes + 2 * kStages * KvTile::kBytes;
+  static constexpr int kPlaces = kQTiles + 2 * kStages;
   static constexpr int kBytes = kTileBytes + kPlaces * static_cast<int>(sizeof(Place));
   unsigned char* base;
 
   FX_DEVICE Place* places() const { return reinterpret_cast<Place*>(base + kTileBytes); }
-  FX_DEVICE Place& q_place(int warpgroup) const { return places()[warpgroup]; }
-  FX_DEVICE Place& k_place(int stage) const { return places()[kWarpgroups + stage]; }
-  FX_DEVICE Place& v_place(int stage) const { return places()[kWarpgroups + kStages + stage]; }
+  FX_DEVICE Place& q_place(int stage, int warpgroup) const {
+    return places()[stage * kWarpgroups + warpgroup];
+  }
+  FX_DEVICE Place& k_place(int stage) const { return places()[kQTiles + stage]; }
+  FX_DEVICE Place& v_place(int stage) const { return places()[kQTiles + kStages + stage]; }
 
-  FX_DEVICE QTile q(int warpgroup) const {
-    return {reinterpret_cast<T*>(base + warpgroup * QTile::kBytes)};
+  FX_DEVICE QTile q(int stage, int warpgroup) const {
+    return {reinterpret_cast<T*>(base + (stage * kWarpgroups + warpgroup) * QTile::kBytes)};
   }
   FX_DEVICE KvTile k(int stage) const {
-    return {reinterpret_cast<T*>(base + kWarpgroups * QTile::kBytes + stage * KvTile::kBytes)};
+    return {reinterpret_cast<T*>(base + kQTiles * QTile::kBytes + stage * KvTile::kBytes)};
   }
   FX_DEVICE KvTile v(int stage) const { return k(kStages + stage); }
 
   FX_DEVICE void init() const {
-    for (int i = 0; i < kPlaces; ++i) places()[i].init(i < kWarpgroups ? 4 : 4 * kWarpgroups);
+    for (int i = 0; i < kPlaces; ++i) places()[i].init(i < kQTiles ? 4 : 4 * kWarpgroups);
     Mbarrier::publish_init();
   }
 };
@@ -78,7 +81,7 @@ template <typename Config>
 FX_DEVICE void load(const FwdArgs& args, Shared<Config> shared) {
   constexpr int kBlockKV = Config::kBlockKV;
   RingPosition<Config::kStages> k_at, v_at;
-  RingPosition<1> q_at;
+  RingPosition<Config::kQStages> q_at;
   for_each_task<Config>(args, [&](const FwdTask& task) {
     const int batch = args.params.cu_seqlens_q ? 0 : task.batch;
     const int first_key = static_cast<int>(task.first_k);
@@ -99,9 +102,9 @@ FX_DEVICE void load(const FwdArgs& args, Shared<Config> shared) {
     const bool any = task.block_begin < task.block_end;
     if (any) load_keys(task.block_begin);
     for (int i = 0; i < Config::kWarpgroups; ++i) {
-      Place& place = shared.q_place(i);
+      Place& place = shared.q_place(q_at.stage, i);
       place.wait_empty(q_at.parity);
-      copy_tile(shared.q(i), args.q_map,
+      copy_tile(shared.q(q_at.stage, i), args.q_map,
                 {static_cast<int>(task.first_q) + task.row0 + 64 * i, task.head, batch},
                 place.full);
     }
@@ -189,24 +192,23 @@ FX_DEVICE void compute(const FwdArgs& args, Shared<Config> shared, int id) {
   };
   if (id == kWarpgroups - 1) pass_turn();  // the first turn is the first one's
 
-  const typename Config::QTile q = shared.q(id);
-  Place& q_place = shared.q_place(id);
   RingPosition<Config::kStages> k_at, v_at;
-  RingPosition<1> q_at;
+  RingPosition<Config::kQStages> q_at;
   for_each_task<Config>(args, [&](const FwdTask& task) {
     const int row0 = task.row0 + 64 * id + warp_row;
     typename Config::Output o;
     o.clear();
     Softmax<typename Config::T> softmax;
+    const typename Config::QTile q = shared.q(q_at.stage, id);
+    Place& q_place = shared.q_place(q_at.stage, id);
     q_place.wait_full(q_at.parity);
     q_at.advance();
 
     if (task.block_begin < task.block_end) {
       typename Config::Scores s;
       typename Config::Weights weights;
+      constexpr int kByPolynomial = Config::kTile.by_polynomial;
       const auto start_scores = [&] {
-        shared.k_place(k_at.stage).wait_full(k_at.parity);
-        take_turn();
         wgmma_fence();
         start_abt<Config::kHeadDim>(s, q, shared.k(k_at.stage));  // s = q k^T
         wgmma_commit();
@@ -233,31 +235,49 @@ FX_DEVICE void compute(const FwdArgs& args, Shared<Config> shared, int id) {
       };
 
       int block = task.block_begin;
+      shared.k_place(k_at.stage).wait_full(k_at.parity);
+      take_turn();
       start_scores();
       pass_turn();
       wgmma_wait<0>();
       scores_arrived();
       if (block < task.whole_begin || block >= task.whole_end)
         apply_band(s, task, row0, block * kBlockKV);
-      softmax.weigh(s, scale);
+      softmax.template weigh<0>(s, scale);
       round_weights();
 
       // The scores of each block are computed together with the output of the one before it.
       const auto blocks_to = [&](int end, auto whole) {
+        constexpr bool kWhole = decltype(whole)::value;
 #pragma unroll 1
         for (++block; block < end; ++block) {
-          start_scores();
-          shared.v_place(v_at.stage).wait_full(v_at.parity);
-          start_output();
-          pass_turn();
-          wgmma_wait<1>();
-          scores_arrived();
-          if constexpr (!decltype(whole)::value) apply_band(s, task, row0, block * kBlockKV);
-          const bool grown = softmax.weigh(s, scale);
-          wgmma_wait<0>();
-          output_arrived();
-          if (grown) softmax.rescale(o);
-          round_weights();
+          shared.k_place(k_at.stage).wait_full(k_at.parity);
+          if constexpr (Config::kTile.early) {
+            take_turn();
+            start_scores();
+            shared.v_place(v_at.stage).wait_full(v_at.parity);
+            start_output();
+            pass_turn();
+            wgmma_wait<1>();
+            scores_arrived();
+            if constexpr (!kWhole) apply_band(s, task, row0, block * kBlockKV);
+            const bool grown = softmax.template weigh<kWhole ? kByPolynomial : 0>(s, scale);
+            wgmma_wait<0>();
+            output_arrived();
+            if (grown) softmax.rescale(o);
+            round_weights();
+          } else {
+            shared.v_place(v_at.stage).wait_full(v_at.parity);
+            take_turn();
+            start_output();
+            start_scores();
+            pass_turn();
+            wgmma_wait<0>();
+            output_arrived();
+            scores_arrived();
+            if constexpr (!kWhole) apply_band(s, task, row0, block * kBlockKV);
+            softmax.template weigh_boldly<kWhole ? kByPolynomial : 0>(s, weights, o, scale);
+          }
         }
         --block;
       };

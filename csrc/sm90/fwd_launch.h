@@ -9,7 +9,7 @@
 namespace flash_ext::sm90 {
 
 template <typename Config>
-void launch(const FwdPlan& plan, const GpuFacts& gpu, void* stream) {
+void launch(const FwdPlan& plan, const GpuFacts&, void* stream) {
   constexpr int kSmemBytes = Shared<Config>::kBytes;
   static_assert(kSmemBytes <= 227 * 1024);
   const auto kernel = fwd_kernel<Config>;
@@ -21,9 +21,8 @@ void launch(const FwdPlan& plan, const GpuFacts& gpu, void* stream) {
   args.q_map = tensor_map(p.q, {batch, p.heads_q, plan.rows_q, p.head_dim}, 64);
   args.k_map = tensor_map(p.k, {batch, p.heads_kv, plan.rows_kv, p.head_dim}, Config::kBlockKV);
   args.v_map = tensor_map(p.v, {batch, p.heads_kv, plan.rows_kv, p.head_dim_v}, Config::kBlockKV);
-  const int64_t tiles = args.heads * args.blocks_q;
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, gpu.multiprocessors));
-  kernel<<<blocks, Config::kThreads, kSmemBytes, static_cast<stream_t>(stream)>>>(args);
+  kernel<<<static_cast<unsigned>(plan.blocks), Config::kThreads, kSmemBytes,
+           static_cast<stream_t>(stream)>>>(args);
   FX_CUDA_CHECK(cudaGetLastError());
 }
 
