@@ -9,6 +9,7 @@ struct FwdPlan {
   flash_ext::FwdArgs args;
   int64_t rows_q, rows_kv;  // of the tensors: of a sequence, or of all packed ones
   int64_t blocks;           // thread blocks
+  unsigned* taken = nullptr;
 };
 
 }  // namespace flash_ext::sm90

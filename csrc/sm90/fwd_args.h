@@ -1,4 +1,4 @@
-// What the kernel is told besides FwdArgs: how to find q, k and v. Made by fwd_launch.h.
+// What the kernel is told besides FwdArgs: how to find q, k and v, and who takes which tile.
 #pragma once
 #include <cuda.h>
 
@@ -7,6 +7,8 @@
 namespace flash_ext::sm90 {
 
 struct FwdArgs : flash_ext::FwdArgs {
+  // How many tiles are taken, zero at first; null: tiles are dealt out beforehand.
+  unsigned* taken = nullptr;
   CUtensorMap q_map, k_map, v_map;  // [batch, head, row, col]; packed tensors are one batch
 };
 

@@ -7,27 +7,31 @@ namespace flash_ext::sm90 {
 // Products have these widths; others are filled up with zeros on the way to shared memory.
 inline constexpr int kFwdHeadDims[] = {64, 96, 128, 192, 256};
 
-struct FwdTile {
-  int warpgroups;         // that compute, of 64 rows each; one more feeds them
-  int block_kv;           // keys of a block
-  int stages;             // blocks of keys, and of values, in shared memory
-  int q_stages;           // 2: the next tile's q is loaded meanwhile
-  bool take_turns;        // one warpgroup's products run while another computes weights
-  bool early = true;      // the next scores are computed before the weights of these, not after
-  int by_polynomial = 0;  // of 16 weights, so many are computed without the special-function unit
+inline constexpr int kLoaderRegisters = 32;
 
-  // Of each thread. A multiprocessor has 512 for each of 128 threads; the allotment is in eights.
-  constexpr int registers() const { return warpgroups == 2 ? 240 : 160; }
-  constexpr int producer_registers() const { return warpgroups == 2 ? 24 : 32; }
+struct FwdTile {
+  int warpgroups;  // that compute, of 64 rows each; one more feeds them
+  int block_kv;    // keys of a block
+  int stages;      // blocks of keys, and of values, in shared memory
+  int q_stages;    // 2: the next tile's q is loaded meanwhile
+
+  constexpr int block_q() const { return 64 * warpgroups; }
+  // Of each thread that computes; the others keep kLoaderRegisters. A multiprocessor has 512 for each
+  // of 128 threads, which must all be dealt out, in eights.
+  constexpr int registers() const { return (512 - kLoaderRegisters) / warpgroups / 8 * 8; }
 };
 
+// A warpgroup's registers hold scores and output in float32 and the weights in 16 bits: per row
+// block_kv + head_dim + block_kv / 2 of its 4 * registers.
 constexpr FwdTile fwd_tile(int head_dim) {
   switch (head_dim) {
-    case 64: return {3, 128, 2, 1, true};
-    case 96: return {2, 128, 2, 1, true};
-    case 128: return {2, 128, 2, 1, true};
-    case 192: return {2, 112, 2, 1, true};
-    default: return {2, 80, 2, 1, true};
+    // The weights take as long as the products: while one warpgroup multiplies, two compute weights.
+    case 64: return {3, 128, 3, 2};
+    case 96: return {3, 96, 2, 1};
+    case 128: return {2, 128, 2, 2};
+    // Shared memory ends here.
+    case 192: return {2, 96, 2, 1};
+    default: return {2, 80, 2, 1};
   }
 }
 
