@@ -347,7 +347,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
   __syncthreads();  // the barriers are set up
   if (const int warpgroup = warpgroup_id(); warpgroup == 0) {
-    give_registers_away<kLoaderRegisters>();
+    give_registers_away<Config::kTile.loader_registers()>();
     if (threadIdx.x == 0) load<Config>(args, shared);
   } else {
     take_registers<Config::kTile.registers()>();

@@ -5,9 +5,7 @@
 namespace flash_ext::sm90 {
 
 // Products have these widths; others are filled up with zeros on the way to shared memory.
-inline constexpr int kFwdHeadDims[] = {64, 96, 128, 192, 256};
-
-inline constexpr int kLoaderRegisters = 32;
+inline constexpr int kFwdHeadDims[] = {64, 80, 96, 128, 192, 256};
 
 struct FwdTile {
   int warpgroups;  // that compute, of 64 rows each; one more feeds them
@@ -16,9 +14,14 @@ struct FwdTile {
   int q_stages;    // 2: the next tile's q is loaded meanwhile
 
   constexpr int block_q() const { return 64 * warpgroups; }
-  // Of each thread that computes; the others keep kLoaderRegisters. A multiprocessor has 512 for each
-  // of 128 threads, which must all be dealt out, in eights.
-  constexpr int registers() const { return (512 - kLoaderRegisters) / warpgroups / 8 * 8; }
+  // Registers of each thread that computes, and of those that load. All are dealt out in eights; when
+  // the kernel starts, every thread has the same number. Asking for more than there are would hang.
+  constexpr int registers_at_start() const { return 512 / (warpgroups + 1) / 8 * 8; }
+  constexpr int loader_registers() const { return warpgroups == 2 ? 40 : 32; }
+  constexpr int registers() const {
+    const int all = registers_at_start() * (warpgroups + 1);
+    return (all - loader_registers()) / warpgroups / 8 * 8;
+  }
 };
 
 // A warpgroup's registers hold scores and output in float32 and the weights in 16 bits: per row
@@ -27,6 +30,7 @@ constexpr FwdTile fwd_tile(int head_dim) {
   switch (head_dim) {
     // The weights take as long as the products: while one warpgroup multiplies, two compute weights.
     case 64: return {3, 128, 3, 2};
+    case 80: return {3, 112, 2, 1};
     case 96: return {3, 96, 2, 1};
     case 128: return {2, 128, 2, 2};
     // Shared memory ends here.
