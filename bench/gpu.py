@@ -4,6 +4,7 @@ import statistics
 import sys
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 
 import common
 import torch
@@ -168,6 +169,22 @@ def text_table(results, names, peers):
     return table(("case", "unit", "time", *names, *(f"x {name}" for name in peers)), lines)
 
 
+def plot(name, title, facts, results, names, peers):
+    """Speed over the first peer that runs a case; returns the path."""
+
+    def over(result, name):
+        rates = result["rates"]
+        return rates[name] / rates[next(peer for peer in peers if peer in rates)] if name in rates else None
+
+    compared = [r for r in results if any(peer in r["rates"] for peer in peers)]
+    series = {name: [over(r, name) for r in compared] for name in names}
+    series = {name: values for name, values in series.items() if any(values)}
+    heading = f"{title}\n{facts['gpu']}, torch {facts['torch']}"
+    return common.plot_bars(
+        name, heading, [r["title"] for r in compared], series, f"speed over {peers[0]}, or the next"
+    )
+
+
 def main(title, name, all_rows, calls, names, backward=False, peers=tuple(PEERS), peers_of=peers_of):
     """The command line of a benchmark; calls(case, dtype, names) makes what is timed."""
     parser = common.arguments(title)
@@ -192,6 +209,10 @@ def main(title, name, all_rows, calls, names, backward=False, peers=tuple(PEERS)
         if ratios:
             print(f"geometric mean over {peer}: {statistics.geometric_mean(ratios):.3f}")
     print(common.save(name, facts, results))
+    if find_spec("matplotlib"):
+        print(plot(name, title, facts, results, [*names, *peers], peers))
+    else:
+        print("no plot: matplotlib is not installed")
 
 
 if __name__ == "__main__":

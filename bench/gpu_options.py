@@ -81,6 +81,7 @@ def sdpa_call(backend, case, q, k, v):
 
 @cache
 def compiled_flex():
+    torch._dynamo.config.recompile_limit = 64  # each option is another program; the default would run some eagerly
     return torch.compile(flex_attention, dynamic=False)
 
 

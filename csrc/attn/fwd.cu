@@ -47,12 +47,12 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
     const FwdVariant v{p.dtype, head_dim, rows, plan.variant.general};
     if (v.compiled() && p.seq_q * group <= fwd_tile(v, kAmd).block_q) plan.variant = v;
   }
-  // The general tile may be smaller.
-  const FwdVariant general{p.dtype, head_dim, FwdRows::many, true};
-  if (plan.variant.rows == FwdRows::many && p.seq_q * group <= fwd_tile(general, kAmd).block_q)
-    plan.variant = general;
   FwdTile tile = fwd_tile(plan.variant, kAmd);
-  if (tile.smem_bytes(plan.variant) > gpu.smem_per_block) {
+  const FwdVariant general{p.dtype, head_dim, FwdRows::many, true};
+  const int general_rows = fwd_tile(general, kAmd).block_q;
+  const bool smaller_holds_all = plan.variant.rows == FwdRows::many &&
+                                 general_rows < tile.block_q && p.seq_q * group <= general_rows;
+  if (smaller_holds_all || tile.smem_bytes(plan.variant) > gpu.smem_per_block) {
     plan.variant = general;
     tile = fwd_tile(plan.variant, kAmd);
   }

@@ -79,7 +79,10 @@ constexpr FwdTile fwd_tile(FwdVariant v, bool amd) {
     return {few ? 16 : 64, 32, few ? 1 : 4, 1, 1, q_in_regs};
   }
   if (few) return {16, 32, 1, 2, 6, small};
-  if (v.general) return {64, small ? 64 : 32, 4, 1, 2, small, false, small};
+  if (v.general) {
+    if (v.head_dim == 128) return {128, 32, 4, 2, 2, false, false, true};
+    return {64, small ? 64 : 32, 4, 1, v.head_dim == 64 ? 3 : 2, small, false, small};
+  }
   if (v.rows == FwdRows::some) return {64, 64, 4, 2, 2, true, false, true};
   switch (v.head_dim) {
     case 32: return {128, 64, 4, 2, 3, false};
