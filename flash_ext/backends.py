@@ -216,7 +216,7 @@ def sm90_obstacle(call):
     if call.lengths is None and call.key.ndim == 4 and call.key.shape[2] == 0:
         return "there is no key"
     for name, x in (("q", call.query), ("k", call.key), ("v", call.value)):
-        if x.shape[-1] % 8:
+        if x.shape[-1] % 8 or not x.shape[-1]:
             return f"{name}: it has head_dim in multiples of 8, not {x.shape[-1]}"
         if x.stride(-1) == 1 and not in_chunks(x):  # else it is copied
             return f"{name}: it needs rows aligned to 16 bytes, and none that stand for several"
