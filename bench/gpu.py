@@ -13,6 +13,7 @@ import flash_ext
 from flash_ext.measure import progress, table
 from flash_ext.testing import Case
 
+OURS = {"flash_ext": None, "gpu": "gpu", "sm90": "sm90"}  # the one chosen, and by name
 PEERS = {
     "FA2": "FLASH_ATTENTION",
     "cuDNN": "CUDNN_ATTENTION",
@@ -87,8 +88,8 @@ def calls(case, dtype, names):
     q, k, v = common.tensors(case, dtype, "cuda")
     found = {}
     for name in names:
-        if name == "flash_ext":
-            call = partial(flash_ext.attn, q, k, v, is_causal=case.is_causal, backend="gpu")
+        if name in OURS:
+            call = partial(flash_ext.attn, q, k, v, is_causal=case.is_causal, backend=OURS[name])
         else:
             call = sdpa_call(PEERS[name], case, q, k, v)
         with without_what_fails(case, name):
@@ -215,4 +216,4 @@ def main(title, name, all_rows, calls, names, backward=False, peers=tuple(PEERS)
 
 
 if __name__ == "__main__":
-    main(__doc__, "gpu", rows(), calls, ["flash_ext"])
+    main(__doc__, "gpu", rows(), calls, list(OURS))

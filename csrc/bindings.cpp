@@ -9,7 +9,7 @@ STABLE_TORCH_LIBRARY(flash_ext, m) {
       "bool top_left=False, bool out_bshd=False, float softcap=0.0, float dropout_p=0.0, "
       "Tensor? attn_mask=None, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? "
       "rng_state=None, "
-      "bool deterministic=False) -> (Tensor out, Tensor lse)");
+      "bool deterministic=False, int kernels=0) -> (Tensor out, Tensor lse)");
   m.def(
       "attn_bwd(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
       "Tensor lse, "
@@ -24,7 +24,7 @@ STABLE_TORCH_LIBRARY(flash_ext, m) {
       "window_right=-1, "
       "bool top_left=False, float softcap=0.0, float dropout_p=0.0, Tensor? attn_mask=None, "
       "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? rng_state=None, bool "
-      "deterministic=False) "
+      "deterministic=False, int kernels=0) "
       "-> (Tensor out, Tensor lse)");
   m.def(
       "attn_varlen_bwd(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor "

@@ -85,13 +85,14 @@ def attn(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, alibi_slopes, sinks,
         causal_align, deterministic, layout,
     )  # fmt: skip
-    if not _runs_native(query, value, attn_mask, alibi_slopes, deterministic, backend):
+    kernels = _kernels(args[:3], attn_mask, alibi_slopes, deterministic, softcap, dropout_p, None, backend)
+    if kernels is None:
         out, lse = run(attention, *args)
     elif _skips_autograd(query, key, value, attn_mask, sinks):
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse = attn_fwd(*args)
+            out, lse = attn_fwd(*args, kernels)
     else:
-        out, lse = attn_fwd(*args)
+        out, lse = attn_fwd(*args, kernels)
     if layout == "bshd":
         out = out.transpose(1, 2)
     return (out, lse) if return_lse else out
@@ -139,17 +140,21 @@ def attn_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, attn_mask, dropout_p, is_causal, scale,
         enable_gqa, window, softcap, alibi_slopes, sinks, causal_align, deterministic,
     )  # fmt: skip
-    if not _runs_native(q, v, attn_mask, alibi_slopes, deterministic, backend):
+    lengths = cu_seqlens_q.shape[0] - 1, *args[5:7]
+    kernels = _kernels(args[:3], attn_mask, alibi_slopes, deterministic, softcap, dropout_p, lengths, backend)
+    if kernels is None:
         out, lse = run(attention_varlen, *args)
     elif _skips_autograd(q, k, v, attn_mask, sinks):
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse = attn_varlen_fwd(*args)
+            out, lse = attn_varlen_fwd(*args, kernels)
     else:
-        out, lse = attn_varlen_fwd(*args)
+        out, lse = attn_varlen_fwd(*args, kernels)
     return (out, lse) if return_lse else out
 
 
-def _runs_native(query, value, attn_mask, alibi_slopes, deterministic, backend):
+def _kernels(tensors, attn_mask, alibi_slopes, deterministic, softcap, dropout_p, lengths, backend):
+    """The op's argument `kernels`, or None where "math" runs the call."""
+    query = tensors[0]
     if (
         backend is None
         and backends.forced is None
@@ -158,8 +163,12 @@ def _runs_native(query, value, attn_mask, alibi_slopes, deterministic, backend):
         and backends.native is not None
         and query.dtype in backends.CPU_DTYPES
     ):
-        return True  # the common case, said shortly
-    return backends.select(query, value, attn_mask, alibi_slopes, deterministic, backend) != "math"
+        return 0  # the common case, said shortly
+    call = backends.Call(*tensors, attn_mask, alibi_slopes, deterministic, softcap, dropout_p, lengths)
+    name = backends.select(call, backend)
+    if name == "math":
+        return None
+    return 0 if backend is None and backends.forced is None else backends.KERNELS.get(name, 0)
 
 
 def _skips_autograd(query, key, value, attn_mask, sinks):

@@ -1,8 +1,9 @@
 """Which backend runs a call, and why."""
 
 import importlib
+import inspect
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ GPU_DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
 GPU_HEAD_DIM = 256
 HIP_HEAD_DIM_FLOAT32 = 128  # the backward of more does not fit 64 KB of shared memory
 GPU_KERNELS = native is not None and native.build_info()["device"] in ("cuda", "rocm")
+
+SM90_DTYPES = frozenset((torch.bfloat16, torch.float16))
+KERNELS = {"gpu": 1, "sm90": 2}  # the ops' argument; 0: the fastest that the device has
 
 # Set by use_backend. Process-wide, so that torch.compile guards on it and autograd's threads agree.
 forced = None
@@ -70,15 +74,25 @@ class Explanation:
     __repr__ = __str__
 
 
+class Call(NamedTuple):
+    """What of a call decides which backends can run it. Tensors are [batch, heads, seq, head_dim] or packed."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    deterministic: bool | None = None
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    lengths: tuple[int, int, int] | None = None  # packed: sequences, the longest of the queries, of the keys
+
+
 def explain(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *args: Any,
-    attn_mask: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    deterministic: bool | None = None,
     backend: str | None = None,
     **options: Any,
 ) -> Explanation:
@@ -91,14 +105,15 @@ def explain(
     if wanted is not None:
         check_name(wanted)
     reasons, chosen = {}, None
-    if attn_mask is None:  # the only floating-point tensor that may come by position
-        attn_mask = next((x for x in args if isinstance(x, Tensor) and x.is_floating_point()), None)
+    call = call_of(query, key, value, *args, **options)
     for name in BACKENDS:
-        reason = obstacle(name, query, value, attn_mask, alibi_slopes, deterministic)
+        reason = obstacle(name, call)
         if reason is None and wanted not in (None, name):
             reason = f"{wanted!r} is asked for"
         elif reason is None and chosen is not None:
             reason = f"{chosen!r} is faster"
+        elif reason is None and wanted is None and name == "sm90" and too_few_rows(call):
+            reason = "'gpu' is faster with so few queries"
         if reason is None:
             chosen = name
         else:
@@ -107,48 +122,65 @@ def explain(
     return Explanation(chosen, reasons, f"{shapes}, {str(query.dtype).removeprefix('torch.')} on {query.device}")
 
 
-def select(query, value, attn_mask, alibi_slopes, deterministic, backend):
-    """The name of the backend to run: the wanted one, else the fastest that can."""
+def call_of(query, key, value, *args, **options):
+    from .attn import attn, attn_varlen
+
+    packed = query.ndim == 3
+    bound = inspect.signature(attn_varlen if packed else attn).bind_partial(query, key, value, *args, **options)
+    given, lengths = bound.arguments, None
+    if packed and {"cu_seqlens_q", "max_seqlen_q", "max_seqlen_k"} <= given.keys():
+        lengths = len(given["cu_seqlens_q"]) - 1, int(given["max_seqlen_q"]), int(given["max_seqlen_k"])
+    if given.get("layout") == "bshd":
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    names = ("attn_mask", "alibi_slopes", "deterministic", "softcap", "dropout_p")
+    return Call(query, key, value, **{name: given[name] for name in names if name in given}, lengths=lengths)
+
+
+def select(call, backend):
+    """The name of the backend to run: the wanted one, else the fastest that can, where "gpu" stands for "sm90", too."""
     wanted = backend or forced
-    call = query, value, attn_mask, alibi_slopes, deterministic
     if wanted is None:
-        return next(name for name in BACKENDS if obstacle(name, *call) is None)
+        return next(name for name in BACKENDS if name != "sm90" and obstacle(name, call) is None)
     check_name(wanted)
-    reason = obstacle(wanted, *call)
+    reason = obstacle(wanted, call)
     if reason is not None:
         raise RuntimeError(f"backend: {wanted!r} cannot run this call: {reason}")
     return wanted
 
 
-def obstacle(name, query, value, attn_mask, alibi_slopes, deterministic):
+def obstacle(name, call):
     """Why this backend cannot run the call; None if it can."""
+    query = call.query
     device = query.device.type
     if name == "math":
         return None
     if name != "cpu" and device != "cuda":
         return f"it needs a GPU, the tensors are on {device}"
-    if name == "sm90":
-        return "it is not in this version"
     if name == "cpu" and device != "cpu":
         return f"the tensors are on {device}"
     if native is None:
         return f"the extension flash_ext._C did not load ({native_error})"
-    if torch.is_grad_enabled() and alibi_slopes is not None and alibi_slopes.requires_grad:
+    if torch.is_grad_enabled() and call.alibi_slopes is not None and call.alibi_slopes.requires_grad:
         return "alibi_slopes requires a gradient, which only 'math' computes"
     if name == "cpu":
         return None if query.dtype in CPU_DTYPES else f"it has no {str(query.dtype).removeprefix('torch.')}"
-    return gpu_obstacle(query, value, attn_mask, deterministic)
+    return gpu_obstacle(call) or (sm90_obstacle(call) if name == "sm90" else None)
 
 
-def gpu_obstacle(query, value, attn_mask, deterministic):
+def dtype_on_gpu(query):
+    if query.dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    return query.dtype
+
+
+def gpu_obstacle(call):
     if not GPU_KERNELS:
         return "the extension was built without GPU kernels (FLASH_EXT_DEVICE=cuda builds them)"
-    dtype = query.dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
-        dtype = torch.get_autocast_dtype("cuda")
+    query, attn_mask, deterministic = call.query, call.attn_mask, call.deterministic
+    dtype = dtype_on_gpu(query)
     if dtype not in GPU_DTYPES:
         return f"it has float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
-    head_dim = max(query.shape[-1], value.shape[-1])
+    head_dim = max(query.shape[-1], call.value.shape[-1])
     if head_dim > GPU_HEAD_DIM:
         return f"it has head_dim up to {GPU_HEAD_DIM}, not {head_dim}"
     if torch.version.hip and dtype == torch.float32 and head_dim > HIP_HEAD_DIM_FLOAT32:
@@ -161,6 +193,48 @@ def gpu_obstacle(query, value, attn_mask, deterministic):
     if torch.version.hip or torch.compiler.is_compiling():  # Dynamo cannot follow the cache; the op itself would raise
         return None
     return device_obstacle(query.device.index)
+
+
+def sm90_obstacle(call):
+    """Beyond gpu_obstacle. The op, which knows the tensors as they are at last, checks what is said of them again."""
+    if "sm_90a" not in native.build_info()["archs"]:
+        return "the extension was built without sm_90a (TORCH_CUDA_ARCH_LIST=9.0a)"
+    dtype = dtype_on_gpu(call.query)
+    if dtype not in SM90_DTYPES:
+        return f"it has float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if not torch.compiler.is_compiling() and torch.cuda.get_device_capability(call.query.device.index) != (9, 0):
+        return "it needs a Hopper GPU (sm_90)"
+    options = {
+        "attn_mask": call.attn_mask is not None,
+        "softcap": call.softcap > 0,
+        "alibi_slopes": call.alibi_slopes is not None,
+        "dropout_p": call.dropout_p > 0,
+    }
+    for name, given in options.items():
+        if given:
+            return f"it has no {name}"
+    if call.key.shape[2 if call.key.ndim == 4 else 0] == 0:
+        return "there is no key"
+    for name, x in (("q", call.query), ("k", call.key), ("v", call.value)):
+        if x.shape[-1] % 8 or not x.shape[-1]:
+            return f"{name}: it has head_dim in multiples of 8, not {x.shape[-1]}"
+        if x.stride(-1) == 1 and not in_chunks(x):  # else it is copied
+            return f"{name}: it needs rows aligned to 16 bytes, and none that stand for several"
+    return None
+
+
+def in_chunks(x):
+    strides = [x.stride(d) for d in range(x.ndim - 1) if x.shape[d] > 1]
+    return all(0 < stride and stride % 8 == 0 for stride in strides) and x.storage_offset() % 8 == 0
+
+
+def too_few_rows(call):
+    """Whether the portable kernels are faster, which share tiles among heads and divide keys; as csrc/sm90/fwd.cu."""
+    batch, seq_q, seq_kv = call.lengths or (call.query.shape[0], call.query.shape[-2], call.key.shape[-2])
+    heads = call.query.shape[-3] if call.lengths is None else call.query.shape[-2]
+    if max(call.query.shape[-1], call.value.shape[-1]) <= 32 and seq_q < 1024:
+        return True
+    return seq_q <= 64 or (batch * heads * -(-seq_q // 128) < 64 and seq_kv > 1024)
 
 
 def is_broadcast(attn_mask, query):

@@ -57,7 +57,7 @@ def verdict(name):
     """Whether the backend runs an ordinary call here, and if not why."""
     device = "cuda" if name in ("gpu", "sm90") and torch.cuda.is_available() else "cpu"
     query = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16, device=device)
-    obstacle = backends.obstacle(name, query, query, None, None, None)
+    obstacle = backends.obstacle(name, backends.Call(query, query, query))
     if obstacle is None:
         return f"usable: {backends.BACKENDS[name]}"
     if name in ("gpu", "sm90") and device == "cpu":

@@ -16,7 +16,7 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 
 def fake_attn_fwd(
     q, k, v, scale, window_left=-1, window_right=-1, top_left=False, out_bshd=False, softcap=0.0, dropout_p=0.0,
-    attn_mask=None, alibi_slopes=None, sinks=None, rng_state=None, deterministic=False,
+    attn_mask=None, alibi_slopes=None, sinks=None, rng_state=None, deterministic=False, kernels=0,
 ):  # fmt: skip
     check_dense(
         q, k, v, scale, window_left, window_right, softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state
@@ -46,7 +46,7 @@ def fake_attn_bwd(
 def fake_attn_varlen_fwd(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, window_left=-1, window_right=-1,
     top_left=False, softcap=0.0, dropout_p=0.0, attn_mask=None, alibi_slopes=None, sinks=None, rng_state=None,
-    deterministic=False,
+    deterministic=False, kernels=0,
 ):  # fmt: skip
     check_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, window_left, window_right, softcap,
@@ -137,7 +137,7 @@ class Attn(Function):
     @staticmethod
     def forward(ctx, *args):
         out, lse = call_below(ops.attn_fwd.default, args)
-        q, k, v, *numbers, attn_mask, alibi_slopes, sinks, rng_state, deterministic = args
+        q, k, v, *numbers, attn_mask, alibi_slopes, sinks, rng_state, deterministic, _ = args
         del numbers[4]  # out_bshd
         ctx.numbers, ctx.deterministic = numbers, deterministic
         ctx.save_for_backward(q, k, v, out, lse, attn_mask, alibi_slopes, sinks, rng_state)
@@ -155,16 +155,16 @@ class Attn(Function):
             ctx.deterministic,
         )  # fmt: skip
         dmask, dsinks = dmask if need_mask_grad else None, dsinks if need_sinks_grad else None
-        return dq, dk, dv, *(None,) * 7, dmask, None, dsinks, None, None
+        return dq, dk, dv, *(None,) * 7, dmask, None, dsinks, None, None, None
 
 
 class AttnVarlen(Function):
     @staticmethod
     def forward(ctx, *args):
         out, lse = call_below(ops.attn_varlen_fwd.default, args)
-        q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers, attn_mask, alibi_slopes, sinks, rng_state, deterministic = args
+        q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers = args[:-6]
+        *options, deterministic, _ = args[-6:]
         ctx.numbers, ctx.deterministic = numbers, deterministic
-        options = attn_mask, alibi_slopes, sinks, rng_state
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -180,7 +180,7 @@ class AttnVarlen(Function):
             *ctx.numbers, *options, need_mask_grad, ctx.deterministic,
         )  # fmt: skip
         dmask, dsinks = dmask if need_mask_grad else None, dsinks if need_sinks_grad else None
-        return dq, dk, dv, *(None,) * 10, dmask, None, dsinks, None, None
+        return dq, dk, dv, *(None,) * 10, dmask, None, dsinks, None, None, None
 
 
 class FirstDerivative(Function):
@@ -223,11 +223,11 @@ def differentiate_fwd(function, op, args, alibi_slopes):
 
 def autograd_attn_fwd(
     q, k, v, scale, window_left=-1, window_right=-1, top_left=False, out_bshd=False, softcap=0.0, dropout_p=0.0,
-    attn_mask=None, alibi_slopes=None, sinks=None, rng_state=None, deterministic=False,
+    attn_mask=None, alibi_slopes=None, sinks=None, rng_state=None, deterministic=False, kernels=0,
 ):  # fmt: skip
     args = (
         q, k, v, scale, window_left, window_right, top_left, out_bshd, softcap, dropout_p, attn_mask, alibi_slopes,
-        sinks, rng_state, deterministic,
+        sinks, rng_state, deterministic, kernels,
     )  # fmt: skip
     return differentiate_fwd(Attn, ops.attn_fwd.default, args, alibi_slopes)
 
@@ -235,11 +235,11 @@ def autograd_attn_fwd(
 def autograd_attn_varlen_fwd(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, window_left=-1, window_right=-1,
     top_left=False, softcap=0.0, dropout_p=0.0, attn_mask=None, alibi_slopes=None, sinks=None, rng_state=None,
-    deterministic=False,
+    deterministic=False, kernels=0,
 ):  # fmt: skip
     args = (
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, window_left, window_right, top_left,
-        softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state, deterministic,
+        softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state, deterministic, kernels,
     )  # fmt: skip
     return differentiate_fwd(AttnVarlen, ops.attn_varlen_fwd.default, args, alibi_slopes)
 
@@ -317,7 +317,7 @@ def loop(op, size, args, in_dims):
 def vmap_attn_fwd(info, in_dims, *args):
     op, size = ops.attn_fwd.default, info.batch_size
     args, in_dims = with_defaults(op, args, in_dims)
-    q, k, v, *numbers, attn_mask, alibi_slopes, sinks, rng_state, deterministic = args
+    q, k, v, *numbers, attn_mask, alibi_slopes, sinks, rng_state, deterministic, kernels = args
     mask_dim, slopes_dim, sinks_dim = in_dims[10:13]
     if sinks_dim is not None or rng_state is not None:
         return loop(op, size, args, in_dims)
@@ -326,7 +326,7 @@ def vmap_attn_fwd(info, in_dims, *args):
     if attn_mask is not None and (mask_dim is not None or attn_mask.shape[0] != 1):
         attn_mask = fold(attn_mask, mask_dim, size, batch)
     alibi_slopes = fold_slopes(alibi_slopes, slopes_dim, size, batch)
-    results = op(q, k, v, *numbers, attn_mask, alibi_slopes, sinks, rng_state, deterministic)
+    results = op(q, k, v, *numbers, attn_mask, alibi_slopes, sinks, rng_state, deterministic, kernels)
     return tuple(x.unflatten(0, (size, batch)) for x in results), (0, 0)
 
 

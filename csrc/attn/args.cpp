@@ -148,8 +148,8 @@ void read_qkv(const Tensor& q, const Tensor& k, const Tensor& v, bool packed, At
              v.size(0));
   } else {
     p.batch = q.size(0);
-    p.seq_q = q.size(2);
-    p.seq_kv = k.size(2);
+    p.seq_q = p.rows_q = q.size(2);
+    p.seq_kv = p.rows_kv = k.size(2);
     FX_CHECK(k.size(0) == p.batch, "k: expected batch ", p.batch, " as in q, got ", k.size(0));
     FX_CHECK(v.size(0) == p.batch, "v: expected batch ", p.batch, " as in q, got ", v.size(0));
     FX_CHECK(v.size(2) == p.seq_kv, "v: expected seq_kv ", p.seq_kv, " as in k, got ", v.size(2));
@@ -197,6 +197,8 @@ void read_packing(const Tensor& q, const Tensor& k, const Packing& packing, Attn
   p.batch = packing.cu_seqlens_q.size(0) - 1;
   p.seq_q = packing.max_seqlen_q;
   p.seq_kv = packing.max_seqlen_k;
+  p.rows_q = q.size(0);
+  p.rows_kv = k.size(0);
 }
 
 void read_options(const Tensor& q, const AttnOptions& o, AttnParams& p) {

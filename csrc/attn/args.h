@@ -13,12 +13,16 @@ namespace flash_ext {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// Which of a GPU's kernels are to run: the fastest, or only those of one family.
+enum class Kernels : int64_t { fastest, portable, hopper };
+
 // The options that all ops share, in the schema's names.
 struct AttnOptions {
   double scale, softcap, dropout_p;
   int64_t window_left, window_right;
   bool top_left;
   const OptionalTensor &attn_mask, &alibi_slopes, &sinks, &rng_state;
+  Kernels kernels = Kernels::fastest;
 };
 
 // How packed tensors are divided into sequences.

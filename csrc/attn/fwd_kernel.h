@@ -2,6 +2,7 @@
 // rows, each warp some of its rows, and K and V pass by in blocks.
 #pragma once
 #include "../tile/reg_tile.h"
+#include "band.h"
 #include "element.h"
 #include "fwd_task.h"
 #include "fwd_variants.h"
@@ -84,20 +85,6 @@ struct KvLoader {
   }
 };
 
-// Hides the keys that a row does not see.
-template <typename T, int kRows, int kCols>
-FX_DEVICE void apply_band(AccTile<T, kRows, kCols>& s, const FwdTask& task, int row0, int kv0) {
-  RowVec<T, kRows, int> begin, end;
-  begin.for_each([&](int& x, int m, int r) {
-    const int query = task.query(row0 + s.row(m, r)) - kv0;
-    x = query - task.left;
-    end.v[m][r] = std::min(query + task.right + 1, task.seq_kv - kv0);
-  });
-  s.for_each([&](float& x, int m, int r, int col) {
-    if (col < begin.v[m][r] || col >= end.v[m][r]) x = -INFINITY;
-  });
-}
-
 // Divides by the softmax's denominator and writes lse; the sink takes part unless the results of
 // several blocks are merged later.
 template <typename Config>
@@ -164,7 +151,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   constexpr bool kStaged = Config::kTile.staged;
   static_assert(!kStaged || kStages == 1);
   const AttnParams& p = args.params;
-  const FwdTask task = fwd_task<Config::kBlockQ, kBlockKV>(args);
+  const FwdTask task = fwd_task<Config::kBlockQ, kBlockKV>(args, blockIdx.x);
   if (task.row0 >= task.rows) return;  // this sequence is shorter than the longest
   const int warp_row = warp_id() * Config::kRowsPerWarp;
 

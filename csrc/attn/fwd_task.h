@@ -12,10 +12,11 @@ struct FwdTask : RowGroup {
   int whole_begin, whole_end;  // those among them that every row sees all of
 };
 
-// Among the tiles that run together, those with the most work come first.
+// The number-th of args.heads * args.blocks_q * args.splits. Among the tiles that run together, those
+// with the most work come first.
 template <int kBlockQ, int kBlockKV>
-FX_DEVICE FwdTask fwd_task(const FwdArgs& args) {
-  const unsigned index = blockIdx.x / args.splits, split = blockIdx.x % args.splits;
+FX_DEVICE FwdTask fwd_task(const FwdArgs& args, unsigned number) {
+  const unsigned index = number / args.splits, split = number % args.splits;
   const auto [block, group] = block_of_group(index, args.blocks_q, args.heads, args.heads_at_once);
   const int row0 = (args.longest_last ? args.blocks_q - 1 - block : block) * kBlockQ;
   FwdTask t{row_group(args.params, group, args.pack), row0, static_cast<int>(split), 0, 0, 0, 0};

@@ -16,12 +16,16 @@ int attribute(cudaDeviceAttr which, int device) {
 }  // namespace
 
 GpuFacts gpu_facts(int device) {
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
+  const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
   return {
-      attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrWarpSize, device),
+      attribute(cudaDevAttrMultiProcessorCount, device),
+      attribute(cudaDevAttrWarpSize, device),
       attribute(kAmd ? cudaDevAttrMaxSharedMemoryPerBlock : cudaDevAttrMaxSharedMemoryPerBlockOptin,
                 device),
       attribute(cudaDevAttrL2CacheSize, device),
-      !kAmd && attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9};
+      !kAmd && major >= 9,
+      !kAmd && major == 9 && minor == 0};
 }
 
 CurrentDevice::CurrentDevice(int device) : previous(device) {

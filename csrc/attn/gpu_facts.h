@@ -6,6 +6,7 @@ namespace flash_ext {
 struct GpuFacts {
   int multiprocessors, warp_size, smem_per_block, l2_bytes;
   bool adds_async;  // see tile/atomic.h
+  bool hopper;      // of compute capability 9.0
 };
 GpuFacts gpu_facts(int device);
 

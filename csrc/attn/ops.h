@@ -16,10 +16,11 @@ struct Ops {
                        int64_t window_left, int64_t window_right, bool top_left, bool out_bshd,
                        double softcap, double dropout_p, const OptionalTensor& attn_mask,
                        const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
-                       const OptionalTensor& rng_state, bool /*deterministic: always*/) {
+                       const OptionalTensor& rng_state, bool /*deterministic: always*/,
+                       int64_t kernels) {
     return kFwd(q, k, v, nullptr, out_bshd,
                 {scale, softcap, dropout_p, window_left, window_right, top_left, attn_mask,
-                 alibi_slopes, sinks, rng_state});
+                 alibi_slopes, sinks, rng_state, static_cast<Kernels>(kernels)});
   }
 
   static Pair attn_varlen_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -28,11 +29,12 @@ struct Ops {
                               int64_t window_left, int64_t window_right, bool top_left,
                               double softcap, double dropout_p, const OptionalTensor& attn_mask,
                               const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
-                              const OptionalTensor& rng_state, bool /*deterministic: always*/) {
+                              const OptionalTensor& rng_state, bool /*deterministic: always*/,
+                              int64_t kernels) {
     const Packing packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
     return kFwd(q, k, v, &packing, false,
                 {scale, softcap, dropout_p, window_left, window_right, top_left, attn_mask,
-                 alibi_slopes, sinks, rng_state});
+                 alibi_slopes, sinks, rng_state, static_cast<Kernels>(kernels)});
   }
 
   static Five attn_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q,

@@ -11,6 +11,9 @@
 #include "../checks.h"
 #include "bwd.h"
 #include "fwd.h"
+#if defined(FLASH_EXT_WITH_CUDA)
+#include "../sm90/fwd.h"
+#endif
 #include "ops.h"
 
 namespace flash_ext {
@@ -42,6 +45,35 @@ const GpuFacts& facts_of(int32_t device) {
   return facts[device];
 }
 
+// Plans, finds room for what the plan needs besides its results, and starts it.
+template <typename Plan, typename Launch>
+void launch_plan(Plan plan, const FwdCall& call, Launch launch) {
+  Tensor scratch;
+  if (const int64_t floats = plan.scratch_floats()) {
+    scratch = torch::stable::new_empty(call.lse, {floats});
+    plan.use_scratch(static_cast<float*>(scratch.data_ptr()));
+  }
+  launch(plan);
+}
+
+// Whether the kernels of csrc/sm90 have done it.
+bool ran_on_hopper(const FwdCall& call, const GpuFacts& gpu, void* stream, Kernels kernels) {
+  if (kernels == Kernels::portable) return false;
+#if defined(FLASH_EXT_WITH_CUDA)
+  const auto obstacle = sm90::obstacle(call.params, gpu);
+  if (!obstacle && (kernels == Kernels::hopper || sm90::worthwhile(call.params))) {
+    launch_plan(sm90::plan_fwd(call.params, gpu), call,
+                [&](const auto& plan) { sm90::launch_fwd(plan, stream); });
+    return true;
+  }
+  const std::string why = obstacle.value_or("");
+#else
+  const std::string why = "this is a build for AMD";
+#endif
+  FX_CHECK(kernels != Kernels::hopper, "backend: 'sm90' cannot run this call: ", why);
+  return false;
+}
+
 Pair run_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Packing* packing,
              bool out_bshd, const AttnOptions& options) {
   const int32_t device = q.get_device_index();
@@ -49,13 +81,10 @@ Pair run_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Packing* p
   const FwdCall call = prepare_fwd(q, k, v, packing, out_bshd, options);
   const CurrentDevice current(device);
   const GpuFacts& gpu = facts_of(device);
-  FwdPlan plan = plan_fwd(call.params, gpu);
-  Tensor scratch;
-  if (const int64_t floats = plan.scratch_floats()) {
-    scratch = torch::stable::new_empty(call.lse, {floats});
-    plan.use_scratch(static_cast<float*>(scratch.data_ptr()));
-  }
-  launch_fwd(plan, gpu, current_stream(device));
+  void* stream = current_stream(device);
+  if (!ran_on_hopper(call, gpu, stream, options.kernels))
+    launch_plan(plan_fwd(call.params, gpu), call,
+                [&](const auto& plan) { launch_fwd(plan, gpu, stream); });
   return {call.result, call.lse};
 }
 

@@ -29,7 +29,8 @@ struct AttnParams {
 
   DType dtype = DType::f32;
   int64_t batch = 0, heads_q = 0, heads_kv = 0;
-  int64_t seq_q = 0, seq_kv = 0;  // packed: the longest sequence
+  int64_t seq_q = 0, seq_kv = 0;    // packed: the longest sequence
+  int64_t rows_q = 0, rows_kv = 0;  // of the tensors; packed: of all sequences
   int64_t head_dim = 0, head_dim_v = 0;
   const int32_t* cu_seqlens_q = nullptr;  // [batch + 1]; null: dense
   const int32_t* cu_seqlens_k = nullptr;

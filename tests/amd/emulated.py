@@ -183,7 +183,7 @@ class Ops:
 
     def attn_fwd(
         self, q, k, v, scale, window_left=-1, window_right=-1, top_left=False, out_bshd=False, softcap=0.0,
-        dropout_p=0.0, attn_mask=None, alibi_slopes=None, sinks=None, rng_state=None, deterministic=False,
+        dropout_p=0.0, attn_mask=None, alibi_slopes=None, sinks=None, rng_state=None, deterministic=False, kernels=0,
     ):  # fmt: skip
         batch, heads_q, seq_q, _ = q.shape
         out = guarded((batch, heads_q, seq_q, v.shape[3]), q.dtype, bshd=out_bshd)
@@ -196,7 +196,7 @@ class Ops:
     def attn_varlen_fwd(
         self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, window_left=-1, window_right=-1,
         top_left=False, softcap=0.0, dropout_p=0.0, attn_mask=None, alibi_slopes=None, sinks=None, rng_state=None,
-        deterministic=False,
+        deterministic=False, kernels=0,
     ):  # fmt: skip
         total_q, heads_q, _ = q.shape
         out, lse = guarded((total_q, heads_q, v.shape[2]), q.dtype), guarded((heads_q, total_q), torch.float32)

@@ -18,7 +18,8 @@ constexpr bool kAddsAsync = false;
 #endif
 
 GpuFacts facts(int multiprocessors) {
-  return {multiprocessors, simt::kWave, static_cast<int>(simt::kMostShared), 4 << 20, kAddsAsync};
+  return {multiprocessors, simt::kWave, static_cast<int>(simt::kMostShared),
+          4 << 20,         kAddsAsync,  false};
 }
 
 int attn_fwd(const AttnParams& params, int multiprocessors) {

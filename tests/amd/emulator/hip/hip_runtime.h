@@ -95,7 +95,8 @@ enum hipDeviceAttribute_t {
   hipDeviceAttributeWarpSize,
   hipDeviceAttributeMaxSharedMemoryPerBlock,
   hipDeviceAttributeL2CacheSize,
-  hipDeviceAttributeComputeCapabilityMajor
+  hipDeviceAttributeComputeCapabilityMajor,
+  hipDeviceAttributeComputeCapabilityMinor
 };
 enum hipFuncAttribute { hipFuncAttributeMaxDynamicSharedMemorySize };
 inline const char* hipGetErrorString(hipError_t) { return ""; }

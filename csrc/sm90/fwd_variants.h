@@ -1,0 +1,42 @@
+// Every Hopper forward kernel that is compiled, and the size of its tiles: all tuning is in this table.
+#pragma once
+#include "../attn/params.h"
+
+namespace flash_ext::sm90 {
+
+// Products have these widths; others are filled up with zeros on the way to shared memory.
+inline constexpr int kFwdHeadDims[] = {64, 80, 96, 128, 192, 256};
+
+struct FwdTile {
+  int warpgroups;  // that compute, of 64 rows each; one more feeds them
+  int block_kv;    // keys of a block
+  int stages;      // blocks of keys, and of values, in shared memory
+  int q_stages;    // 2: the next tile's q is loaded meanwhile
+
+  constexpr int block_q() const { return 64 * warpgroups; }
+  // Registers of each thread that computes, and of those that load. All are dealt out in eights; when
+  // the kernel starts, every thread has the same number. Asking for more than there are would hang.
+  constexpr int registers_at_start() const { return 512 / (warpgroups + 1) / 8 * 8; }
+  constexpr int loader_registers() const { return warpgroups == 2 ? 40 : 32; }
+  constexpr int registers() const {
+    const int all = registers_at_start() * (warpgroups + 1);
+    return (all - loader_registers()) / warpgroups / 8 * 8;
+  }
+};
+
+// A warpgroup's registers hold scores and output in float32 and the weights in 16 bits: per row
+// block_kv + head_dim + block_kv / 2 of its 4 * registers.
+constexpr FwdTile fwd_tile(int head_dim) {
+  switch (head_dim) {
+    // The weights take as long as the products: while one warpgroup multiplies, two compute weights.
+    case 64: return {3, 128, 3, 2};
+    case 80: return {3, 112, 2, 1};
+    case 96: return {3, 96, 2, 1};
+    case 128: return {2, 128, 2, 2};
+    // Shared memory ends here.
+    case 192: return {2, 96, 2, 1};
+    default: return {2, 80, 2, 1};
+  }
+}
+
+}  // namespace flash_ext::sm90

@@ -1,0 +1,47 @@
+#include "../vendor.h"
+
+#include "../gpu_check.h"
+#include "tensor_map.h"
+
+namespace flash_ext::sm90 {
+namespace {
+
+// The driver is found at run time: a module that is linked to it would not load without a GPU.
+auto encoder() {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+  FX_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
+                                                 cudaEnableDefault, &result));
+#else
+  FX_CUDA_CHECK(
+      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result));
+#endif
+  FX_CHECK(found, "flash_ext on the GPU: the driver has no cuTensorMapEncodeTiled");
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+}
+
+}  // namespace
+
+CUtensorMap tensor_map(const TensorView& tensor, Extent extent, int box_rows) {
+  static const auto encode = encoder();
+  const auto bytes = [](int64_t count, int64_t stride) -> cuuint64_t {
+    return count > 1 ? 2 * stride : 16;  // that of a single one may be anything
+  };
+  const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
+  const cuuint64_t sizes[] = {size(extent.cols), size(extent.rows), size(extent.heads),
+                              size(extent.batch)};
+  const cuuint64_t strides[] = {bytes(extent.rows, tensor.seq_stride),
+                                bytes(extent.heads, tensor.head_stride),
+                                bytes(extent.batch, tensor.batch_stride)};
+  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows), 1, 1}, steps[] = {1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult status =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, tensor.data, sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  FX_CHECK(status == CUDA_SUCCESS, "flash_ext on the GPU: cuTensorMapEncodeTiled: error ", status);
+  return map;
+}
+
+}  // namespace flash_ext::sm90

@@ -1,0 +1,185 @@
+"""The Hopper kernels: the shared cases, what is at the edge of tiles, and what only they can get wrong."""
+
+import pytest
+import torch
+
+import flash_ext
+from flash_ext import backends
+from flash_ext.testing import CASES, Case, check, make_inputs, run
+
+pytestmark = pytest.mark.skipif(
+    not (
+        torch.cuda.is_available()
+        and torch.cuda.get_device_capability() == (9, 0)
+        and backends.GPU_KERNELS
+        and "sm_90a" in backends.native.build_info()["archs"]
+    ),
+    reason="needs a Hopper GPU, and flash_ext built for it",
+)
+dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+
+
+def normal(*shape, dtype=torch.bfloat16):
+    return torch.randn(shape, device="cuda", dtype=dtype)
+
+
+def assert_near(out, exact):
+    torch.testing.assert_close(out.double(), exact.double(), atol=2e-2, rtol=2e-2)
+
+
+def supported(case, dtype):
+    inputs = make_inputs(case, dtype, "cuda")
+    return backends.obstacle("sm90", backends.call_of(*inputs.args, **inputs.options)) is None
+
+
+@dtypes
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_shared_cases(case, dtype):
+    if not supported(case, dtype):
+        with pytest.raises(RuntimeError, match="'sm90' cannot run this call"):
+            run(make_inputs(case, dtype, "cuda"), "sm90", grads=False)
+        pytest.skip("the portable kernels run it")
+    check(case, dtype, "cuda", "sm90")
+
+
+def test_enough_shared_cases_are_supported():
+    assert sum(supported(case, torch.bfloat16) for case in CASES) >= 10
+
+
+@dtypes
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 80, 96, 104, 128, 136, 192, 200, 256])
+@pytest.mark.parametrize("seq_q, seq_kv", [(300, 300), (129, 515), (515, 129), (64, 1000), (1, 96), (193, 1)])
+def test_tiles(seq_q, seq_kv, head_dim, is_causal, dtype):
+    check(Case("tiles", 1, 4, 2, seq_q, seq_kv, head_dim, is_causal=is_causal), dtype, "cuda", "sm90", grads=False)
+
+
+@dtypes
+@pytest.mark.parametrize("head_dim, head_dim_v", [(64, 128), (192, 128), (128, 64), (8, 256), (24, 80), (96, 40)])
+def test_value_head_dim(head_dim, head_dim_v, dtype):
+    check(Case("value", 2, 4, 2, 200, 300, head_dim, head_dim_v), dtype, "cuda", "sm90", grads=False)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+def test_windows_of_many_blocks(head_dim):
+    for window in ((-1, 100), (700, -1), (500, 40), (0, 300), (0, 0)):
+        for causal_align in ("bottom_right", "top_left"):
+            case = Case("window", 1, 2, 1, 700, 900, head_dim, window=window, causal_align=causal_align, sinks=True)
+            check(case, torch.bfloat16, "cuda", "sm90", grads=False)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+def test_packed(head_dim):
+    for is_causal in (False, True):
+        case = Case(
+            "packed", heads_q=4, heads_kv=2, head_dim=head_dim, is_causal=is_causal,
+            lengths_q=(500, 0, 3, 130, 64), lengths_kv=(300, 7, 0, 1000, 64),
+        )  # fmt: skip
+        check(case, torch.bfloat16, "cuda", "sm90", grads=False)
+
+
+def test_what_follows_a_packed_sequence_is_not_read():
+    q, k, v = normal(400, 2, 64), normal(400, 2, 64), normal(400, 2, 64)
+    starts = torch.tensor([0, 90, 400], dtype=torch.int32, device="cuda")
+    for x in (k, v):
+        x[90:] = torch.nan
+    out = flash_ext.attn_varlen(q, k, v, starts, starts, 310, 310, backend="sm90")
+    alone = [x[:90].transpose(0, 1)[None].double() for x in (q, k, v)]
+    assert_near(out[:90], flash_ext.math(*alone)[0].transpose(0, 1))
+    assert out[90:].isnan().all()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_nan_reaches_who_sees_it(head_dim):
+    q, k, v = normal(2, 4, 200, head_dim), normal(2, 2, 300, head_dim), normal(2, 2, 300, head_dim)
+    q[1, 2, 100, 5] = torch.nan
+    k[0, 1, 250, 3] = torch.nan
+    out, lse = flash_ext.attn(q, k, v, is_causal=True, return_lse=True, backend="sm90")
+    expected = torch.zeros(2, 4, 200, dtype=torch.bool, device="cuda")
+    expected[1, 2, 100] = True
+    expected[0, 2:, 150:] = True
+    assert torch.equal(lse.isnan(), expected)
+    assert torch.equal(out.isnan(), expected[..., None].expand(out.shape))
+
+
+def test_scores_that_keep_growing():
+    """Each block of keys raises the maximum by far, in another row more than in its neighbours."""
+    q, k, v = normal(1, 2, 200, 64), normal(1, 2, 2000, 64), normal(1, 2, 2000, 64)
+    k *= torch.linspace(0.1, 12, 2000, device="cuda")[:, None]
+    for dtype in (torch.bfloat16, torch.float16):
+        tensors = [x.to(dtype) for x in (q, k, v)]
+        out, lse = flash_ext.attn(*tensors, return_lse=True, backend="sm90")
+        exact, exact_lse = flash_ext.math(*(x.double() for x in tensors), return_lse=True)
+        assert_near(out, exact)
+        torch.testing.assert_close(lse.double(), exact_lse, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+def test_more_tiles_than_multiprocessors(head_dim, is_causal):
+    """Tiles that are dealt out, and tiles that are taken from a counter."""
+    for batch, heads, seq in ((4, 16, 900), (2, 32, 2500)):
+        q, k, v = (normal(batch, n, seq, head_dim) for n in (heads, heads // 4, heads // 4))
+        out, lse = flash_ext.attn(q, k, v, is_causal=is_causal, return_lse=True, backend="sm90")
+        other, other_lse = flash_ext.attn(q, k, v, is_causal=is_causal, return_lse=True, backend="gpu")
+        assert_near(out, other)
+        torch.testing.assert_close(lse, other_lse, atol=1e-4, rtol=1e-5)
+
+
+def test_results_repeat_bit_for_bit():
+    q, k, v = normal(1, 16, 3000, 128), normal(1, 4, 3000, 128), normal(1, 4, 3000, 128)
+    first = flash_ext.attn(q, k, v, is_causal=True, backend="sm90")
+    assert all(torch.equal(flash_ext.attn(q, k, v, is_causal=True, backend="sm90"), first) for _ in range(200))
+
+
+def test_cuda_graph():
+    q, k, v = normal(2, 16, 3000, 128), normal(2, 4, 3000, 128), normal(2, 4, 3000, 128)
+    expected = flash_ext.attn(q, k, v, is_causal=True, backend="sm90")
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        out = flash_ext.attn(q, k, v, is_causal=True, backend="sm90")
+    for _ in range(3):
+        out.zero_()
+        graph.replay()
+        assert torch.equal(out, expected)
+
+
+def test_gradients():
+    for head_dim in (64, 80, 128):
+        check(Case("train", 2, 4, 2, 300, 400, head_dim, is_causal=True, sinks=True), torch.bfloat16, "cuda", "sm90")
+
+
+def test_strides():
+    storage = normal(2, 300, 3, 4, 64)  # as a fused projection leaves them
+    q, k, v = storage.unbind(2)
+    out = flash_ext.attn(q, k, v, layout="bshd", backend="sm90")
+    exact = flash_ext.math(*(x.double() for x in (q, k, v)), layout="bshd")
+    assert_near(out, exact)
+    with pytest.raises(RuntimeError, match="'sm90' cannot run this call.*aligned"):
+        odd = normal(4 * 130 * 64 + 1)[1:].view(1, 4, 130, 64)
+        flash_ext.attn(odd, odd, odd, backend="sm90")
+    with pytest.raises(RuntimeError, match="'sm90' cannot run this call.*stand for several"):
+        one = normal(1, 1, 130, 64).expand(1, 4, 130, 64)
+        flash_ext.attn(one, one, one, backend="sm90")
+    assert_near(flash_ext.attn(one, one, one), flash_ext.math(*[one.double()] * 3))
+
+
+def test_explain():
+    q = normal(2, 16, 512, 128)
+    few = normal(2, 16, 4, 128)
+    assert flash_ext.explain(q, q, q, is_causal=True).backend == "sm90"
+    assert flash_ext.explain(q, q, q).reasons["gpu"] == "'sm90' is faster"
+    assert flash_ext.explain(q, q, q, backend="gpu").backend == "gpu"
+    assert "few queries" in flash_ext.explain(few, q, q).reasons["sm90"]
+    assert flash_ext.explain(few, q, q, backend="sm90").backend == "sm90"
+    for reason, options in {
+        "softcap": dict(softcap=20.0),
+        "attn_mask": dict(attn_mask=torch.ones(512, 512, dtype=torch.bool, device="cuda")),
+        "alibi_slopes": dict(alibi_slopes=torch.ones(16, device="cuda")),
+        "dropout_p": dict(dropout_p=0.5),
+    }.items():
+        explanation = flash_ext.explain(q, q, q, **options)
+        assert explanation.backend == "gpu" and reason in explanation.reasons["sm90"]
+        with pytest.raises(RuntimeError, match=reason):
+            flash_ext.attn(q, q, q, **options, backend="sm90")
+    assert "not float32" in flash_ext.explain(q.float(), q.float(), q.float()).reasons["sm90"]
