@@ -40,7 +40,7 @@ def scaled_dot_product_attention(
     query [..., heads_q, seq_q, head_dim], key and value alike, with any leading dimensions, also none. attn_mask: bool
     (True takes part), float32 or of query's dtype, broadcast; or one of torch.nn.attention.bias. Calls that flash_ext
     has no native kernel for, or that torch refuses, go to torch's own function: nested and other special tensors, masks
-    of another dtype, heads that differ without enable_gqa, a mask together with is_causal, leading dimensions that differ.
+    of another dtype, heads that differ without enable_gqa, a mask together with is_causal, other leading dimensions.
     The dropout mask is flash_ext's, not torch's. Errors are torch's or flash_ext's own.
     """
     if not takes_call(query, key, value, attn_mask, is_causal, enable_gqa):
