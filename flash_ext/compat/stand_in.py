@@ -67,15 +67,15 @@ def install() -> None:
 
     Covered: the modules flash_attn, flash_attn.flash_attn_interface and flash_attn.bert_padding with the names of
     flash_ext.compat.flash_attn; flash_attn.__version__; importlib.util.find_spec("flash_attn");
-    importlib.metadata.version("flash_attn") and packages_distributions(). The version is 2.8.3. This is what transformers
-    5 asks before it takes attn_implementation="flash_attention_2". It asks once, and says no where torch sees no GPU: on
-    a CPU use flash_ext.integrations.transformers.
+    importlib.metadata.version("flash_attn") and packages_distributions(). The version is 2.8.3. This is what
+    transformers 5 asks before it takes attn_implementation="flash_attention_2". It asks once, and says no where torch
+    sees no GPU: on a CPU use flash_ext.integrations.transformers.
 
-    Not covered: all else of flash_attn, that is layers, modules, ops, losses, cute, flash_attn_2_cuda and private functions
-    such as _flash_attn_forward. Importing these raises ImportError, also inside libraries that do so as soon as there is a
-    flash_attn (Transformer Engine, ring-flash-attention). flash_attn_with_kvcache can be imported and raises
-    NotImplementedError when it is called; so does block_table, and with them transformers' continuous batching. Not
-    flash_attn_interface, which is FlashAttention-3. Not other processes: each has to call it, a sitecustomize.py does so.
+    Not covered: all else of flash_attn, that is layers, modules, ops, losses, cute, flash_attn_2_cuda and private
+    functions such as _flash_attn_forward. Importing these raises ImportError, also inside libraries that do so as soon
+    as there is a flash_attn (ring-flash-attention). flash_attn_with_kvcache can be imported and raises
+    NotImplementedError when it is called, as block_table does: transformers' continuous batching needs them. Not
+    flash_attn_interface, which is FlashAttention-3. Not other processes: each has to call install().
 
     A flash-attn that is installed but not imported yet is hidden until `uninstall`. A second call does nothing.
 
