@@ -1,0 +1,5 @@
+"""flash_ext under the names of other libraries."""
+
+from .stand_in import install, uninstall
+
+__all__ = ["install", "uninstall"]
