@@ -79,7 +79,12 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   FX_CHECK(head_dim != std::end(kFwdHeadDims), "q: expected head_dim of at most 256, got ", wide);
   FwdPlan plan{*head_dim, {p}};
   flash_ext::FwdArgs& args = plan.args;
-  args.blocks_q = static_cast<int>(ceil_div(p.seq_q, fwd_tile(*head_dim).block_q()));
+  const auto rows_of = [&](bool small) {
+    const int64_t rows = fwd_tile(*head_dim, small).block_q();
+    return ceil_div(p.seq_q, rows) * rows;
+  };
+  plan.small = 5 * rows_of(false) > 6 * rows_of(true);
+  args.blocks_q = static_cast<int>(rows_of(plan.small) / fwd_tile(*head_dim, plan.small).block_q());
   args.heads = p.batch * p.heads_q;
   args.longest_last = p.window_right >= 0;
 

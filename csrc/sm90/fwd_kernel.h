@@ -13,7 +13,7 @@
 
 namespace flash_ext::sm90 {
 
-template <DType kDType, int kDim, FwdTile kSize = fwd_tile(kDim)>
+template <DType kDType, int kDim, FwdTile kSize>
 struct FwdConfig {
   using T = Element<kDType>;
   static constexpr FwdTile kTile = kSize;
@@ -135,16 +135,14 @@ FX_DEVICE void load(const FwdArgs& args, Shared<Config> shared) {
     }
     if (any) load_values(task.block_end - 1);
   };
-  const unsigned tiles = tiles_of(args);
   TakeTiles take(args.taken);
-  for (unsigned number = take.next(); number < tiles;) {
+  for (;;) {  // a number is taken late, when the last keys of the tile before it are on their way
+    const unsigned number = std::min(take.next(), tiles_of(args));
     tell(number);
-    const unsigned next = take.next();  // known by the time that it is needed
+    if (number == tiles_of(args)) return;
     const FwdTask task = fwd_task<Config::kBlockQ, kBlockKV>(args, number);
     if (task.row0 < task.rows) load_tile(task);
-    number = next;
   }
-  tell(tiles);
 }
 
 // Divides by the softmax's denominator, in which the sink takes part, and writes lse.

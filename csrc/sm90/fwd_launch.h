@@ -28,7 +28,10 @@ void launch_config(const FwdPlan& plan, void* stream) {
 
 template <DType kDType, int kHeadDim>
 void launch(const FwdPlan& plan, void* stream) {
-  launch_config<FwdConfig<kDType, kHeadDim>>(plan, stream);
+  constexpr FwdTile kLarge = fwd_tile(kHeadDim, false), kSmall = fwd_tile(kHeadDim, true);
+  if constexpr (kLarge != kSmall)
+    if (plan.small) return launch_config<FwdConfig<kDType, kHeadDim, kSmall>>(plan, stream);
+  launch_config<FwdConfig<kDType, kHeadDim, kLarge>>(plan, stream);
 }
 
 }  // namespace flash_ext::sm90

@@ -13,6 +13,7 @@ struct FwdTile {
   int stages;      // blocks of keys, and of values, in shared memory
   int q_stages;    // 2: the next tile's q is loaded meanwhile
 
+  constexpr bool operator==(const FwdTile&) const = default;
   constexpr int block_q() const { return 64 * warpgroups; }
   // Registers of each thread that computes, and of those that load. All are dealt out in eights; when
   // the kernel starts, every thread has the same number. Asking for more than there are would hang.
@@ -25,8 +26,10 @@ struct FwdTile {
 };
 
 // A warpgroup's registers hold scores and output in float32 and the weights in 16 bits: per row
-// block_kv + head_dim + block_kv / 2 of its 4 * registers.
-constexpr FwdTile fwd_tile(int head_dim) {
+// block_kv + head_dim + block_kv / 2 of its 4 * registers. small: where three warpgroups would have
+// many rows too much, two.
+constexpr FwdTile fwd_tile(int head_dim, bool small) {
+  if (small && head_dim <= 96) return {2, 128, 2, 2};
   switch (head_dim) {
     // The weights take as long as the products: while one warpgroup multiplies, two compute weights.
     case 64: return {3, 128, 3, 2};
