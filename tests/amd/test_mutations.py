@@ -31,7 +31,12 @@ MUTATIONS = {
     "transposed-columns": ("gfx9", ATOM, "first_k() + i, lane_id() % 16)", "first_k() + i, lane_id() / 4)"),
     "halves-differ": ("gfx11", ATOM, "odd ? other : c.reg[i]", "c.reg[i]"),
     "shared-rows": ("gfx9", ATOM, "for (int mask = 16;", "for (int mask = 32;"),
-    "mask-row": ("gfx9", FORWARD, "task.query(row0 + s.row(m, r)) - kv0;", "task.query(row0 + s.row(m, r)) + 1 - kv0;"),
+    "mask-row": (
+        "gfx9",
+        "attn/band.h",
+        "task.query(row0 + s.row(m, r)) - kv0;",
+        "task.query(row0 + s.row(m, r)) + 1 - kv0;",
+    ),
     "backward-mask-row": ("gfx9", "attn/bwd_scores.h", "const bool seen = key >=", "const bool seen = key + 1 >="),
     "backward-row": (
         "gfx9",
