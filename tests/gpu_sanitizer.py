@@ -1,4 +1,4 @@
-"""Runs every GPU kernel once, for NVIDIA's checker; what it computes the tests check.
+"""Runs every portable GPU kernel once (float16 has bfloat16's code), for NVIDIA's checker; the tests check the results.
 
 compute-sanitizer --tool memcheck python tests/gpu_sanitizer.py
 compute-sanitizer --tool racecheck python tests/gpu_sanitizer.py

@@ -143,18 +143,23 @@ def test_storage_offsets(offset, dtype):
     assert_near(flash_ext.attn(q, q, q, backend="gpu"), reference(q, q, q))
 
 
-def test_every_stream_is_followed():
-    q = normal(8, 32, 2048, 64)
-    expected = flash_ext.attn(q, q, q, backend="gpu")
+def on_another_stream(q, function):
+    """function of a copy of q that arrives late, on a stream of its own."""
     stream = torch.cuda.Stream()
     late = torch.zeros_like(q)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)
         late.copy_(q)
-        out = flash_ext.attn(late, late, late, backend="gpu")
+        result = function(late)
     stream.synchronize()
-    assert torch.equal(out, expected)
+    return result
+
+
+def test_every_stream_is_followed():
+    q = normal(8, 32, 2048, 64)
+    expected = flash_ext.attn(q, q, q, backend="gpu")
+    assert torch.equal(on_another_stream(q, lambda late: flash_ext.attn(late, late, late, backend="gpu")), expected)
 
 
 @pytest.mark.parametrize("id", ["plain", "decode", "dropout", "packed", "everything"])
@@ -238,17 +243,12 @@ def test_cuda_graph_of_a_training_step(deterministic):
 
 
 def test_gradients_on_every_stream():
+    def results(q):
+        return gradients(q, q, q, q, deterministic=True, backend="gpu")
+
     q = normal(4, 16, 1024, 64)
-    expected = gradients(q, q, q, q, deterministic=True, backend="gpu")
-    stream = torch.cuda.Stream()
-    late = torch.zeros_like(q)
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)
-        late.copy_(q)
-        found = gradients(late, late, late, late, deterministic=True, backend="gpu")
-    stream.synchronize()
-    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    expected = results(q)
+    assert all(torch.equal(x, y) for x, y in zip(on_another_stream(q, results), expected, strict=True))
 
 
 def exact_gradients(q, k, v, grad_out, out, lse):

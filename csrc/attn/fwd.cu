@@ -66,13 +66,7 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   args.blocks_q = static_cast<int>(pack > 1 ? packed : apart);
   args.heads = p.batch * p.heads_q / pack;
   args.longest_last = p.window_right >= 0;
-
-  const int64_t kv_bytes =
-      std::max<int64_t>(p.seq_kv * (p.head_dim + p.head_dim_v) * element_bytes(p.dtype), 1);
-  const int64_t q_heads_of_kv = group / pack;
-  args.heads_at_once =
-      static_cast<int>(std::clamp<int64_t>(gpu.l2_bytes / 2 / kv_bytes * q_heads_of_kv,
-                                           q_heads_of_kv, std::max<int64_t>(args.heads, 1)));
+  args.heads_at_once = heads_in_cache(p, gpu, args.heads, group / pack);
 
   // A window leaves fewer keys to divide.
   int64_t seen = p.seq_kv;

@@ -95,19 +95,13 @@ FX_DEVICE void normalise(typename Config::Output& o, typename Config::Softmax& s
   RowVec<typename Config::T, Config::kRowsPerWarp> factor;
   factor.for_each([&](float& x, int m, int r) {
     const int row = row0 + o.row(m, r);
-    float top = softmax.reference.v[m][r], sum = softmax.sum.v[m][r];
-    x = 1.f;
-    if (p.sinks && args.splits == 1 && row < task.rows) {
-      const float sink = static_cast<const float*>(p.sinks)[task.head_of(row)] * kLog2e;
-      const float both = fmaxf(top, sink);
-      x = fast_exp2(top - both);
-      sum = sum * x + fast_exp2(sink - both);
-      top = both;
-    }
-    x = sum == 0.f ? 0.f : x / sum;
+    Denominator all{softmax.reference.v[m][r], softmax.sum.v[m][r]};
+    if (p.sinks && args.splits == 1 && row < task.rows)
+      all.add_sink(static_cast<const float*>(p.sinks)[task.head_of(row)] * kLog2e);
+    x = all.reciprocal();
     if constexpr (Config::kGeneral) x *= 65536.f / (65536.f - p.dropout_threshold);
     if (row >= task.rows || !o.speaks_for_row()) return;
-    const float lse = sum == 0.f ? -INFINITY : top + log2f(sum);
+    const float lse = all.sum == 0.f ? -INFINITY : all.top + log2f(all.sum);
     const int64_t at = task.lse_offset(p, row);
     if (args.splits == 1) static_cast<float*>(p.lse)[at] = lse * kLn2;
     else args.lse_partial[task.split * args.partial_rows + at] = lse;

@@ -46,4 +46,19 @@ struct OnlineSoftmax {
   }
 };
 
+// A row's denominator, once no more keys come: `sum` of weights relative to 2^top.
+struct Denominator {
+  float top, sum, factor = 1.f;  // factor: the weights' so far, for the new top
+
+  // The sink, a score to base 2 without a value, takes part.
+  FX_DEVICE void add_sink(float sink) {
+    const float both = fmaxf(top, sink);
+    factor = fast_exp2(top - both);
+    sum = sum * factor + fast_exp2(sink - both);
+    top = both;
+  }
+  // By what the output is multiplied.
+  FX_DEVICE float reciprocal() const { return sum == 0.f ? 0.f : factor / sum; }
+};
+
 }  // namespace flash_ext

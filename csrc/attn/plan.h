@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "../checks.h"
+#include "gpu_facts.h"
 #include "load_tile.h"
 
 namespace flash_ext {
@@ -16,17 +17,34 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-// The kernels' head_dim for these tensors, whose sizes are checked.
-inline int head_dim_of_kernel(const AttnParams& p) {
+// The smallest of the head_dims that kernels are compiled for that holds these tensors' columns.
+template <size_t kCount>
+int compiled_head_dim(const AttnParams& p, const int (&head_dims)[kCount]) {
   const int64_t wide = std::max<int64_t>(p.head_dim, p.head_dim_v);
-  const int* head_dim = std::lower_bound(std::begin(kHeadDims), std::end(kHeadDims), wide);
-  FX_CHECK(head_dim != std::end(kHeadDims), "q: expected head_dim of at most 256, got ", wide);
+  const int* head_dim = std::lower_bound(std::begin(head_dims), std::end(head_dims), wide);
+  FX_CHECK(head_dim != std::end(head_dims), "q: expected head_dim of at most 256, got ", wide);
+  return *head_dim;
+}
+
+// Of the portable kernels, for tensors whose sizes are checked.
+inline int head_dim_of_kernel(const AttnParams& p) {
+  const int head_dim = compiled_head_dim(p, kHeadDims);
   FX_CHECK(p.dtype != DType::f64, "q: expected float16, bfloat16 or float32 on a GPU");
   constexpr int64_t kMostRows = int64_t{1} << 29;
   const int64_t pack = p.heads_q / std::max<int64_t>(p.heads_kv, 1);
   FX_CHECK(p.seq_q * pack < kMostRows && p.seq_kv < kMostRows,
            "q, k: expected sequences below 2^29 rows");
-  return *head_dim;
+  return head_dim;
+}
+
+// Of `heads` of which `sharing` each share a KV head: how many have K and V that fit half of the L2
+// cache together.
+inline int heads_in_cache(const AttnParams& p, const GpuFacts& gpu, int64_t heads,
+                          int64_t sharing) {
+  const int64_t kv_bytes =
+      std::max<int64_t>(p.seq_kv * (p.head_dim + p.head_dim_v) * element_bytes(p.dtype), 1);
+  return static_cast<int>(std::clamp<int64_t>(gpu.l2_bytes / 2 / kv_bytes * sharing, sharing,
+                                              std::max<int64_t>(heads, 1)));
 }
 
 // Rows that cannot be read or written 16 bytes at a time, and options that change scores.

@@ -1,7 +1,6 @@
 #include "../vendor.h"
 
 #include <algorithm>
-#include <iterator>
 
 #include "../attn/plan.h"
 #include "../gpu_check.h"
@@ -74,26 +73,24 @@ bool worthwhile(const AttnParams& p) {
 }
 
 FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
-  const int64_t wide = std::max<int64_t>(p.head_dim, p.head_dim_v);
-  const int* head_dim = std::lower_bound(std::begin(kFwdHeadDims), std::end(kFwdHeadDims), wide);
-  FX_CHECK(head_dim != std::end(kFwdHeadDims), "q: expected head_dim of at most 256, got ", wide);
-  FwdPlan plan{*head_dim, {p}};
+  const int head_dim = compiled_head_dim(p, kFwdHeadDims);
+  FwdPlan plan{head_dim, {p}};
   flash_ext::FwdArgs& args = plan.args;
-  args.blocks_q = static_cast<int>(ceil_div(p.seq_q, fwd_tile(*head_dim).block_q()));
+  args.blocks_q = static_cast<int>(ceil_div(p.seq_q, fwd_tile(head_dim).block_q()));
   args.heads = p.batch * p.heads_q;
   args.longest_last = p.window_right >= 0;
 
-  const int64_t group = p.heads_q / std::max<int64_t>(p.heads_kv, 1);
-  const int64_t kv_bytes = std::max<int64_t>(p.seq_kv * (p.head_dim + p.head_dim_v) * 2, 1);
-  args.heads_at_once = static_cast<int>(std::clamp<int64_t>(
-      gpu.l2_bytes / 2 / kv_bytes * group, group, std::max<int64_t>(args.heads, 1)));
+  args.heads_at_once =
+      heads_in_cache(p, gpu, args.heads, p.heads_q / std::max<int64_t>(p.heads_kv, 1));
 
   // To zero the counter takes as long as some tiles do.
   constexpr double kLongFlops = 3e10;  // 50 microseconds
   const int64_t tiles = args.heads * args.blocks_q;
   plan.thread_blocks = std::min<int64_t>(tiles, gpu.multiprocessors);
   plan.counts = tiles > gpu.multiprocessors &&
-                4.0 * args.heads * p.seq_q * p.seq_kv * static_cast<double>(wide) > kLongFlops;
+                4.0 * args.heads * p.seq_q * p.seq_kv *
+                        static_cast<double>(std::max<int64_t>(p.head_dim, p.head_dim_v)) >
+                    kLongFlops;
   return plan;
 }
 

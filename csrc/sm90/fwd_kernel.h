@@ -155,18 +155,11 @@ FX_DEVICE void normalise(typename Config::Output& o, Softmax<typename Config::T>
   RowVec<typename Config::T, 16> factor;
   factor.for_each([&](float& x, int m, int r) {
     const int row = row0 + o.row(m, r);
-    float top = softmax.reference.v[m][r], sum = softmax.sum.v[m][r];
-    x = 1.f;
-    if (p.sinks) {
-      const float sink = static_cast<const float*>(p.sinks)[task.head] * kLog2e;
-      const float both = fmaxf(top, sink);
-      x = fast_exp2(top - both);
-      sum = sum * x + fast_exp2(sink - both);
-      top = both;
-    }
-    x = sum == 0.f ? 0.f : x / sum;
+    Denominator all{softmax.reference.v[m][r], softmax.sum.v[m][r]};
+    if (p.sinks) all.add_sink(static_cast<const float*>(p.sinks)[task.head] * kLog2e);
+    x = all.reciprocal();
     if (row >= task.rows || !o.speaks_for_row()) return;
-    const float lse = sum == 0.f ? -INFINITY : top + log2f(sum);
+    const float lse = all.sum == 0.f ? -INFINITY : all.top + log2f(all.sum);
     static_cast<float*>(p.lse)[task.lse_offset(p, row)] = lse * kLn2;
   });
   softmax.multiply(o, factor);

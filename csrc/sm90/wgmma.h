@@ -44,7 +44,7 @@ struct RegistersByCols {  // a [64, k] in registers, b [k, n] in shared memory
 };
 
 // The widths that are spelled out below; others are put together from them.
-inline constexpr int kWidths[] = {256, 192, 128, 112, 96, 80, 64, 32, 16};
+inline constexpr int kWidths[] = {256, 192, 128, 112, 96, 80, 64};
 constexpr int widest(int n) {
   for (int width : kWidths)
     if (width <= n) return width;
@@ -54,32 +54,7 @@ constexpr int widest(int n) {
 // One instruction: d[64, kWidth] = a[64, 16] b[16, kWidth], added to d or not.
 template <int kWidth, typename T, typename Operands>
 FX_DEVICE void wgmma(float* d, typename MmaAtom<T>::A a, uint64_t b, int add) {
-  if constexpr (kWidth == 16)
-    asm volatile(
-        "{\n.reg .pred add;\n.reg .b32 a<4>;\n.reg .b64 da, db;\n"
-        "mov.b32 a0, %8;\nmov.b32 a1, %9;\nmov.b32 a2, %10;\nmov.b32 a3, %11;\n"
-        "mov.b64 da, {a0, a1};\nmov.b64 db, %12;\nsetp.ne.b32 add, %13, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32.%14.%14 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7}, "
-        "%15;\n}"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-          "+f"(d[7])
-        : "r"(a.reg[0]), "r"(a.reg[1]), "r"(a.reg[2]), "r"(a.reg[3]), "l"(b), "r"(add),
-          "C"(TypeName<T>::text), "C"(Operands::text));
-  else if constexpr (kWidth == 32)
-    asm volatile(
-        "{\n.reg .pred add;\n.reg .b32 a<4>;\n.reg .b64 da, db;\n"
-        "mov.b32 a0, %16;\nmov.b32 a1, %17;\nmov.b32 a2, %18;\nmov.b32 a3, %19;\n"
-        "mov.b64 da, {a0, a1};\nmov.b64 db, %20;\nsetp.ne.b32 add, %21, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32.%22.%22 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-        "%23;\n}"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-          "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
-          "+f"(d[14]), "+f"(d[15])
-        : "r"(a.reg[0]), "r"(a.reg[1]), "r"(a.reg[2]), "r"(a.reg[3]), "l"(b), "r"(add),
-          "C"(TypeName<T>::text), "C"(Operands::text));
-  else if constexpr (kWidth == 64)
+  if constexpr (kWidth == 64)
     asm volatile(
         "{\n.reg .pred add;\n.reg .b32 a<4>;\n.reg .b64 da, db;\n"
         "mov.b32 a0, %32;\nmov.b32 a1, %33;\nmov.b32 a2, %34;\nmov.b32 a3, %35;\n"
@@ -251,6 +226,7 @@ template <typename Operands, int kFrom = 0, typename T, int kCols, typename B>
 FX_DEVICE void wgmma_all(AccTile<T, 16, kCols>& c, typename MmaAtom<T>::A a, B b_of, int add) {
   if constexpr (kFrom < kCols) {
     constexpr int kWidth = widest(kCols - kFrom);
+    static_assert(kWidth > 0, "spell this width out");
     wgmma<kWidth, T, Operands>(c.atom[0][kFrom / 16].reg, a, b_of(kFrom), add);
     wgmma_all<Operands, kFrom + kWidth>(c, a, b_of, add);
   }

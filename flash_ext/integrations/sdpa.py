@@ -93,9 +93,9 @@ class patch:
     """Runs torch.nn.functional.scaled_dot_product_attention on flash_ext inside the `with` block, in the whole process.
 
     That covers what looks the function up when it calls it, as nn.MultiheadAttention and nn.TransformerEncoderLayer do;
-    not code that keeps a reference to torch's own function (`from torch.nn.functional
-    import ...` before), nor nn.MultiheadAttention(need_weights=True), which does without it. torch's fused inference
-    path of nn.MultiheadAttention and nn.TransformerEncoderLayer, which does not call it either, is off meanwhile.
+    not code that keeps a reference to torch's own function (`from torch.nn.functional import ...` before), nor
+    nn.MultiheadAttention(need_weights=True), which does without it. torch's fused inference path of these two modules,
+    which does not call it either, is off meanwhile.
     Blocks may nest.
     """
 

@@ -63,11 +63,9 @@ CASES = [
     Case("some-keys", 1, 2, 1, 70, 150, 32, is_causal=True, window=(60, 0)),
     Case("split", 1, 2, 1, 1, 1500, 32),
 ]
-# Barriers that only matter where q stays in shared memory and there is no key; where threads read other parts of a tile
-# than they load.
+# A barrier that only matters where q stays in shared memory and there is no key.
 OTHER_CASES = {
     "nobody reads q any more": [Case("no-keys", 1, 2, 1, 70, 3, 192, is_causal=True)],
-    "what the next block loads": [Case("other-parts", 1, 2, 1, 70, 150, 96)],
 }
 
 
