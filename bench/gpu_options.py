@@ -50,7 +50,7 @@ def inputs(case):
     return option, mask, slopes
 
 
-def flash_ext_call(case, q, k, v):
+def flash_ext_call(ours, case, q, k, v):
     option, mask, slopes = inputs(case)
     options = {
         "alibi": dict(alibi_slopes=slopes),
@@ -58,7 +58,7 @@ def flash_ext_call(case, q, k, v):
         "window": dict(window=case.window),
         "dropout": dict(dropout_p=DROPOUT),
     }.get(option, dict(attn_mask=mask))
-    return partial(flash_ext.attn, q, k, v, is_causal=case.is_causal, backend="gpu", **options)
+    return partial(flash_ext.attn, q, k, v, is_causal=case.is_causal, **ours, **options)
 
 
 def sdpa_call(backend, case, q, k, v):
@@ -114,7 +114,7 @@ def flex_call(case, q, k, v):
 def calls(case, dtype, names):
     """name -> what to time."""
     q, k, v = common.tensors(case, dtype, "cuda")
-    makers = {"flash_ext": flash_ext_call, "Flex": flex_call}
+    makers = {name: partial(flash_ext_call, options) for name, options in gpu.OURS.items()} | {"Flex": flex_call}
     makers |= {name: partial(sdpa_call, backend) for name, backend in PEERS.items()}
     found = {}
     for name in names:
@@ -128,5 +128,5 @@ def calls(case, dtype, names):
 
 if __name__ == "__main__":
     gpu.main(
-        __doc__, "gpu-options", list(rows()), calls, ["flash_ext"], peers=ALL_PEERS, peers_of=lambda dtype: ALL_PEERS
+        __doc__, "gpu-options", list(rows()), calls, [*gpu.OURS], peers=ALL_PEERS, peers_of=lambda dtype: ALL_PEERS
     )

@@ -204,15 +204,6 @@ def sm90_obstacle(call):
         return f"it has float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     if not torch.compiler.is_compiling() and torch.cuda.get_device_capability(call.query.device.index) != (9, 0):
         return "it needs a Hopper GPU (sm_90)"
-    options = {
-        "attn_mask": call.attn_mask is not None,
-        "softcap": call.softcap > 0,
-        "alibi_slopes": call.alibi_slopes is not None,
-        "dropout_p": call.dropout_p > 0,
-    }
-    for name, given in options.items():
-        if given:
-            return f"it has no {name}"
     if call.key.shape[2 if call.key.ndim == 4 else 0] == 0:
         return "there is no key"
     for name, x in (("q", call.query), ("k", call.key), ("v", call.value)):

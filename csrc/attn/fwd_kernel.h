@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         if (block < task.whole_begin || block >= task.whole_end) apply_band(s, task, row0, kv0);
       softmax.step(s, o, scale);
       if constexpr (Config::kGeneral)
-        if (p.dropout_threshold) apply_dropout(s, p, task, row0, kv0);
+        if (p.dropout_threshold) Dropout<T>(p, task).apply(s, row0, kv0);
       mma_ab(o, s, v_smem(block));  // o += p v
       if constexpr (kStaged)
         if (more) keys.finish(k_smem(next));

@@ -46,10 +46,6 @@ std::optional<std::string> obstacle(const AttnParams& p, const GpuFacts& gpu) {
   if (!gpu.hopper) return "it needs a Hopper GPU (sm_90)";
   if (!built_for_hopper()) return "the extension was built without sm_90a";
   if (p.dtype != DType::f16 && p.dtype != DType::bf16) return "it has float16 and bfloat16";
-  if (p.mask.data) return "it has no attn_mask";
-  if (p.softcap > 0) return "it has no softcap";
-  if (p.alibi_slopes) return "it has no alibi_slopes";
-  if (p.dropout_threshold) return "it has no dropout_p";
   if (p.head_dim % 8 || p.head_dim_v % 8) return "it has head_dim in multiples of 8";
   if (p.head_dim == 0 || p.head_dim_v == 0) return "there is no column";
   if (p.rows_kv == 0) return "there is no key";
@@ -74,9 +70,10 @@ bool worthwhile(const AttnParams& p) {
 
 FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   const int head_dim = compiled_head_dim(p, kFwdHeadDims);
-  FwdPlan plan{head_dim, {p}};
+  const bool general = p.mask.data || p.softcap > 0 || p.alibi_slopes || p.dropout_threshold;
+  FwdPlan plan{head_dim, general, {p}};
   flash_ext::FwdArgs& args = plan.args;
-  args.blocks_q = static_cast<int>(ceil_div(p.seq_q, fwd_tile(head_dim).block_q()));
+  args.blocks_q = static_cast<int>(ceil_div(p.seq_q, fwd_tile(head_dim, general).block_q()));
   args.heads = p.batch * p.heads_q;
   args.longest_last = p.window_right >= 0;
 

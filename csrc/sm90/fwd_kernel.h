@@ -4,6 +4,7 @@
 #pragma once
 #include "../attn/band.h"
 #include "../attn/element.h"
+#include "../attn/scores.h"
 #include "fwd_args.h"
 #include "fwd_variants.h"
 #include "softmax.h"
@@ -13,9 +14,11 @@
 
 namespace flash_ext::sm90 {
 
-template <DType kDType, int kDim, FwdTile kSize = fwd_tile(kDim)>
+// kGeneral: with softcap, ALiBi, mask tensors and dropout, where they are asked for.
+template <DType kDType, int kDim, bool kOptions = false, FwdTile kSize = fwd_tile(kDim, kOptions)>
 struct FwdConfig {
   using T = Element<kDType>;
+  static constexpr bool kGeneral = kOptions;
   static constexpr FwdTile kTile = kSize;
   static constexpr int kHeadDim = kDim, kStages = kTile.stages, kQStages = kTile.q_stages;
   static constexpr int kWarpgroups = kTile.warpgroups, kThreads = (kWarpgroups + 1) * kWarpgroup;
@@ -26,6 +29,7 @@ struct FwdConfig {
   using Scores = AccTile<T, 16, kBlockKV>;
   using Weights = OperandTile<T, 16, kBlockKV>;
   using Output = AccTile<T, 16, kHeadDim>;
+  using Mask = std::conditional_t<kGeneral, MaskBlock<T, 16, kBlockKV>, NoMask>;
 };
 
 inline constexpr int kNumbers = 2;  // tiles that the loading warp may be ahead
@@ -158,6 +162,7 @@ FX_DEVICE void normalise(typename Config::Output& o, Softmax<typename Config::T>
     Denominator all{softmax.reference.v[m][r], softmax.sum.v[m][r]};
     if (p.sinks) all.add_sink(static_cast<const float*>(p.sinks)[task.head] * kLog2e);
     x = all.reciprocal();
+    if constexpr (Config::kGeneral) x *= 65536.f / (65536.f - p.dropout_threshold);
     if (row >= task.rows || !o.speaks_for_row()) return;
     const float lse = all.sum == 0.f ? -INFINITY : all.top + log2f(all.sum);
     static_cast<float*>(p.lse)[task.lse_offset(p, row)] = lse * kLn2;
@@ -207,7 +212,7 @@ class Compute {
         warp_row(uniform(static_cast<int>(warp_id()) % 4) * 16),
         // To scores to base 2. Where everything is masked, -inf * scale must not be NaN: a scale of
         // 0 is nearly 0.
-        scale(fmaxf(static_cast<float>(p.scale) * kLog2e, 1e-37f)) {}
+        scale(Config::kGeneral ? kLog2e : fmaxf(static_cast<float>(p.scale) * kLog2e, 1e-37f)) {}
 
   FX_DEVICE void all_tiles() {
     if (id == kWarpgroups - 1) pass_turn();  // the first turn is the first one's
@@ -215,9 +220,10 @@ class Compute {
     for (;;) {
       Place& place = shared.places().number[number_at.stage];
       place.wait_full(number_at.parity);
-      const unsigned number = shared.places().numbers[number_at.stage];
-      __syncwarp();  // all lanes have read it
+      unsigned number = 0;
+      if (lane_id() == 0) number = shared.places().numbers[number_at.stage];
       place.release();
+      number = uniform(number);
       number_at.advance();
       if (number >= tiles_of(args)) return;
       const FwdTask task = fwd_task<Config::kBlockQ, kBlockKV>(args, number);
@@ -279,20 +285,43 @@ class Compute {
     q_place.release();
   }
 
+  // s, of the keys from kv0 on, becomes weights. kWhole: every row sees all of these keys.
+  template <bool kFirst, bool kWhole>
+  FX_DEVICE void weigh(typename Config::Scores& s, typename Config::Weights& weights,
+                       typename Config::Output& o, Softmax<T>& softmax,
+                       const typename Config::Mask& mask, const FwdTask& task, int row0, int kv0) {
+    if constexpr (Config::kGeneral) {
+      apply_options(s, p, task, row0, kv0);
+      if (p.mask.data) mask.add_to(s, kv0);
+    }
+    if constexpr (!kWhole) {
+      const int block = kv0 / kBlockKV;
+      if (block < task.whole_begin || block >= task.whole_end) apply_band(s, task, row0, kv0);
+    }
+    softmax.template step<kFirst>(s, weights, o, scale, [&](auto& atom, int n) {
+      if constexpr (Config::kGeneral)
+        if (p.dropout_threshold) Dropout<T>(p, task).apply(atom, row0, kv0 + n * kAtom);
+    });
+  }
+
   FX_DEVICE void all_blocks(const FwdTask& task, int row0, typename Config::QTile q,
                             typename Config::Output& o, Softmax<T>& softmax) {
     typename Config::Scores s;
     typename Config::Weights weights;
+    typename Config::Mask mask(p, task, row0);
+    const auto fetch_mask = [&](int block) {
+      if constexpr (Config::kGeneral)
+        if (p.mask.data) mask.fetch(block * kBlockKV);
+    };
     int block = task.block_begin;
     shared.places().k[k_at.stage].wait_full(k_at.parity);
     take_turn();
     start_scores(s, q);
     pass_turn();
+    fetch_mask(block);
     wgmma_wait<0>();
     scores_arrived(s);
-    if (block < task.whole_begin || block >= task.whole_end)
-      apply_band(s, task, row0, block * kBlockKV);
-    softmax.template step<true>(s, weights, o, scale);
+    weigh<true, false>(s, weights, o, softmax, mask, task, row0, block * kBlockKV);
 
     // The output of each block is computed together with the scores of the next one. whole: every
     // row sees all of these blocks.
@@ -305,16 +334,19 @@ class Compute {
         start_output(o, weights);
         start_scores(s, q);
         pass_turn();
+        fetch_mask(block);
         wgmma_wait<0>();
         output_arrived(o);
         scores_arrived(s);
-        if constexpr (!decltype(whole)::value) apply_band(s, task, row0, block * kBlockKV);
-        softmax.template step<false>(s, weights, o, scale);
+        constexpr bool kWhole = decltype(whole)::value;
+        weigh<false, kWhole>(s, weights, o, softmax, mask, task, row0, block * kBlockKV);
       }
       --block;
     };
-    blocks_to(std::min(task.whole_begin, task.block_end), std::false_type{});
-    blocks_to(std::min(task.whole_end, task.block_end), std::true_type{});
+    if constexpr (!Config::kGeneral) {  // whose tests are few beside the rest
+      blocks_to(std::min(task.whole_begin, task.block_end), std::false_type{});
+      blocks_to(std::min(task.whole_end, task.block_end), std::true_type{});
+    }
     blocks_to(task.block_end, std::false_type{});
 
     shared.places().v[v_at.stage].wait_full(v_at.parity);

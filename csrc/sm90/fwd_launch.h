@@ -28,7 +28,8 @@ void launch_config(const FwdPlan& plan, void* stream) {
 
 template <DType kDType, int kHeadDim>
 void launch(const FwdPlan& plan, void* stream) {
-  launch_config<FwdConfig<kDType, kHeadDim>>(plan, stream);
+  plan.general ? launch_config<FwdConfig<kDType, kHeadDim, true>>(plan, stream)
+               : launch_config<FwdConfig<kDType, kHeadDim>>(plan, stream);
 }
 
 }  // namespace flash_ext::sm90

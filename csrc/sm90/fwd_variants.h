@@ -25,17 +25,18 @@ struct FwdTile {
 };
 
 // A warpgroup's registers hold scores and output in float32 and the weights in 16 bits: per row
-// block_kv + head_dim + block_kv / 2 of its 4 * registers.
-constexpr FwdTile fwd_tile(int head_dim) {
+// block_kv + head_dim + block_kv / 2 of its 4 * registers. general: with options, and elements of a
+// mask tensor, another block_kv / 2.
+constexpr FwdTile fwd_tile(int head_dim, bool general) {
   switch (head_dim) {
     // The weights take as long as the products: while one warpgroup multiplies, two compute weights.
-    case 64: return {3, 128, 3, 2};
-    case 80: return {3, 112, 2, 1};
-    case 96: return {3, 96, 2, 1};
+    case 64: return general ? FwdTile{2, 128, 2, 2} : FwdTile{3, 128, 3, 2};
+    case 80: return general ? FwdTile{2, 128, 2, 1} : FwdTile{3, 112, 2, 1};
+    case 96: return general ? FwdTile{2, 128, 2, 1} : FwdTile{3, 96, 2, 1};
     case 128: return {2, 128, 2, 2};
     // Shared memory ends here.
-    case 192: return {2, 96, 2, 1};
-    default: return {2, 80, 2, 1};
+    case 192: return general ? FwdTile{2, 80, 2, 1} : FwdTile{2, 96, 2, 1};
+    default: return general ? FwdTile{2, 64, 2, 1} : FwdTile{2, 80, 2, 1};
   }
 }
 
