@@ -50,7 +50,7 @@ def inputs(case):
     return option, mask, slopes
 
 
-def flash_ext_call(ours, case, q, k, v):
+def flash_ext_call(backend, case, q, k, v):
     option, mask, slopes = inputs(case)
     options = {
         "alibi": dict(alibi_slopes=slopes),
@@ -58,7 +58,7 @@ def flash_ext_call(ours, case, q, k, v):
         "window": dict(window=case.window),
         "dropout": dict(dropout_p=DROPOUT),
     }.get(option, dict(attn_mask=mask))
-    return partial(flash_ext.attn, q, k, v, is_causal=case.is_causal, **ours, **options)
+    return partial(flash_ext.attn, q, k, v, is_causal=case.is_causal, backend=backend, **options)
 
 
 def sdpa_call(backend, case, q, k, v):
@@ -114,7 +114,7 @@ def flex_call(case, q, k, v):
 def calls(case, dtype, names):
     """name -> what to time."""
     q, k, v = common.tensors(case, dtype, "cuda")
-    makers = {name: partial(flash_ext_call, options) for name, options in gpu.OURS.items()} | {"Flex": flex_call}
+    makers = {name: partial(flash_ext_call, backend) for name, backend in gpu.OURS.items()} | {"Flex": flex_call}
     makers |= {name: partial(sdpa_call, backend) for name, backend in PEERS.items()}
     found = {}
     for name in names:

@@ -148,6 +148,25 @@ def select(call, backend):
     return wanted
 
 
+def surely_native(query, value, attn_mask):
+    """Whether "cpu" or "gpu" runs calls on such tensors, whatever else they ask. False: `select` has to look."""
+    if forced is not None or native is None:
+        return False
+    if query.is_cpu:
+        return query.dtype in CPU_DTYPES
+    return (
+        query.is_cuda
+        and GPU_KERNELS
+        and query.dtype in GPU_DTYPES
+        and query.shape[-1] <= GPU_HEAD_DIM
+        and value.shape[-1] <= GPU_HEAD_DIM
+        and (attn_mask is None or not attn_mask.requires_grad)
+        and not torch.version.hip
+        and not torch.compiler.is_compiling()
+        and device_obstacle(query.get_device()) is None
+    )
+
+
 def obstacle(name, call):
     """Why this backend cannot run the call; None if it can."""
     query = call.query

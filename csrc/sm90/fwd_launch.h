@@ -11,8 +11,7 @@ void launch_config(const FwdPlan& plan, void* stream) {
   constexpr int kSmemBytes = Shared<Config>::kBytes;
   static_assert(kSmemBytes <= 227 * 1024);
   const auto kernel = fwd_kernel<Config>;
-  FX_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                     cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes));
+  allow_shared_memory<fwd_kernel<Config>>(kSmemBytes);
   const AttnParams& p = plan.args.params;
   const int64_t batch = p.cu_seqlens_q ? 1 : p.batch;
   FwdArgs args{plan.args, plan.taken};
