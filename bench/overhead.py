@@ -82,9 +82,8 @@ def main():
     print(table((f"microseconds a call, {shape}", *names, "target"), cells))
     milliseconds = import_seconds() * 1e3
     print(f"\nimport flash_ext after torch: {milliseconds:.0f} ms (target < {IMPORT_TARGET})")
-    print(
-        f"\n{common.save('overhead' if options.device == 'cpu' else 'overhead-gpu', facts, {'calls': rows, 'import_milliseconds': milliseconds})}"
-    )
+    name = "overhead" if options.device == "cpu" else "overhead-gpu"
+    print(f"\n{common.save(name, facts, {'calls': rows, 'import_milliseconds': milliseconds})}")
 
 
 if __name__ == "__main__":

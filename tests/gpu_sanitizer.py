@@ -31,6 +31,10 @@ def hopper():
             flash_ext.attn(q, k, v, is_causal=True, sinks=torch.zeros(2, device="cuda"), backend="sm90")
             flash_ext.attn(q, k, v, window=(100, 20), backend="sm90")
             flash_ext.attn(*tensors(head_dim - 8, torch.bfloat16, 300, 70), backend="sm90")
+            options = dict(softcap=3.0, dropout_p=0.2, alibi_slopes=torch.ones(2, device="cuda"))
+            for seq_kv in (500, 431):  # whose mask can be read in pairs, and not
+                mask = torch.randn(400, seq_kv, device="cuda", dtype=torch.bfloat16)
+                flash_ext.attn(q, k[:, :, :seq_kv], v[:, :, :seq_kv], attn_mask=mask, **options, backend="sm90")
             q, k, v = (torch.randn(700, 2, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
             starts = torch.tensor([0, 200, 203, 700], device="cuda", dtype=torch.int32)
             flash_ext.attn_varlen(q, k, v, starts, starts, 497, 497, is_causal=True, backend="sm90")

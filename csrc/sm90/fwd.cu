@@ -70,10 +70,12 @@ bool worthwhile(const AttnParams& p) {
 
 FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   const int head_dim = compiled_head_dim(p, kFwdHeadDims);
-  const bool general = p.mask.data || p.softcap > 0 || p.alibi_slopes || p.dropout_threshold;
-  FwdPlan plan{head_dim, general, {p}};
+  FwdOptions options = FwdOptions::none;
+  if (p.mask.data || p.softcap > 0 || p.alibi_slopes) options = FwdOptions::scores;
+  if (p.dropout_threshold) options = FwdOptions::dropout;
+  FwdPlan plan{head_dim, options, {p}};
   flash_ext::FwdArgs& args = plan.args;
-  args.blocks_q = static_cast<int>(ceil_div(p.seq_q, fwd_tile(head_dim, general).block_q()));
+  args.blocks_q = static_cast<int>(ceil_div(p.seq_q, fwd_tile(head_dim, options).block_q()));
   args.heads = p.batch * p.heads_q;
   args.longest_last = p.window_right >= 0;
 

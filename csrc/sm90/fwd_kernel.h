@@ -14,11 +14,12 @@
 
 namespace flash_ext::sm90 {
 
-// kGeneral: with softcap, ALiBi, mask tensors and dropout, where they are asked for.
-template <DType kDType, int kDim, bool kOptions = false, FwdTile kSize = fwd_tile(kDim, kOptions)>
+template <DType kDType, int kDim, FwdOptions kWith = FwdOptions::none,
+          FwdTile kSize = fwd_tile(kDim, kWith)>
 struct FwdConfig {
   using T = Element<kDType>;
-  static constexpr bool kGeneral = kOptions;
+  static constexpr bool kGeneral = kWith != FwdOptions::none;
+  static constexpr bool kDropout = kWith == FwdOptions::dropout;
   static constexpr FwdTile kTile = kSize;
   static constexpr int kHeadDim = kDim, kStages = kTile.stages, kQStages = kTile.q_stages;
   static constexpr int kWarpgroups = kTile.warpgroups, kThreads = (kWarpgroups + 1) * kWarpgroup;
@@ -162,7 +163,7 @@ FX_DEVICE void normalise(typename Config::Output& o, Softmax<typename Config::T>
     Denominator all{softmax.reference.v[m][r], softmax.sum.v[m][r]};
     if (p.sinks) all.add_sink(static_cast<const float*>(p.sinks)[task.head] * kLog2e);
     x = all.reciprocal();
-    if constexpr (Config::kGeneral) x *= 65536.f / (65536.f - p.dropout_threshold);
+    if constexpr (Config::kDropout) x *= 65536.f / (65536.f - p.dropout_threshold);
     if (row >= task.rows || !o.speaks_for_row()) return;
     const float lse = all.sum == 0.f ? -INFINITY : all.top + log2f(all.sum);
     static_cast<float*>(p.lse)[task.lse_offset(p, row)] = lse * kLn2;
@@ -299,8 +300,7 @@ class Compute {
       if (block < task.whole_begin || block >= task.whole_end) apply_band(s, task, row0, kv0);
     }
     softmax.template step<kFirst>(s, weights, o, scale, [&](auto& atom, int n) {
-      if constexpr (Config::kGeneral)
-        if (p.dropout_threshold) Dropout<T>(p, task).apply(atom, row0, kv0 + n * kAtom);
+      if constexpr (Config::kDropout) Dropout<T>(p, task).apply(atom, row0, kv0 + n * kAtom);
     });
   }
 

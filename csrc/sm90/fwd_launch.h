@@ -27,8 +27,12 @@ void launch_config(const FwdPlan& plan, void* stream) {
 
 template <DType kDType, int kHeadDim>
 void launch(const FwdPlan& plan, void* stream) {
-  plan.general ? launch_config<FwdConfig<kDType, kHeadDim, true>>(plan, stream)
-               : launch_config<FwdConfig<kDType, kHeadDim>>(plan, stream);
+  using enum FwdOptions;
+  switch (plan.options) {
+    case none: return launch_config<FwdConfig<kDType, kHeadDim>>(plan, stream);
+    case scores: return launch_config<FwdConfig<kDType, kHeadDim, scores>>(plan, stream);
+    case dropout: return launch_config<FwdConfig<kDType, kHeadDim, dropout>>(plan, stream);
+  }
 }
 
 }  // namespace flash_ext::sm90
