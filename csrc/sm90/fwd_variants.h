@@ -38,7 +38,7 @@ constexpr FwdTile fwd_tile(int head_dim, FwdOptions options) {
   const bool plain = options == FwdOptions::none;
   switch (head_dim) {
     // The weights take as long as the products: while one warpgroup multiplies, two compute weights.
-    case 64: return plain ? FwdTile{3, 128, 3, 2} : FwdTile{2, 128, 2, 2};
+    case 64: return plain ? FwdTile{3, 128, 3, 2} : FwdTile{3, 96, 3, 2};
     case 80: return plain ? FwdTile{3, 112, 2, 1} : FwdTile{2, 128, 2, 1};
     case 96: return plain ? FwdTile{3, 96, 2, 1} : FwdTile{2, 128, 2, 1};
     case 128: return {2, 128, 2, 2};
