@@ -150,7 +150,7 @@ def test_more_tiles_than_multiprocessors(head_dim, is_causal):
 def test_results_repeat_bit_for_bit():
     q, k, v = normal(1, 16, 3000, 128), normal(1, 4, 3000, 128), normal(1, 4, 3000, 128)
     first = flash_ext.attn(q, k, v, is_causal=True, backend="sm90")
-    assert all(torch.equal(flash_ext.attn(q, k, v, is_causal=True, backend="sm90"), first) for _ in range(200))
+    assert all(torch.equal(flash_ext.attn(q, k, v, is_causal=True, backend="sm90"), first) for _ in range(1000))
 
 
 def test_cuda_graph():
@@ -183,6 +183,21 @@ def test_strides():
         one = normal(1, 1, 130, 64).expand(1, 4, 130, 64)
         flash_ext.attn(one, one, one, backend="sm90")
     assert_near(flash_ext.attn(one, one, one), flash_ext.math(*[one.double()] * 3))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 16, 63, 64])
+def test_explain_knows_which_kernel_runs(heads):
+    """Its rule is written twice, in Python and in csrc/sm90/fwd.cu."""
+    for seq_q in (1, 64, 65, 128, 129, 1023, 1024):
+        for seq_kv in (100, 1024, 1025):
+            for head_dim in (32, 40):
+                q, k = normal(1, heads, seq_q, head_dim), normal(1, heads, seq_kv, head_dim)
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                    flash_ext.attn(q, k, k)
+                    torch.cuda.synchronize()
+                runs_hopper = any("sm90" in event.name for event in profile.events())
+                backend = flash_ext.explain(q, k, k).backend
+                assert backend == ("sm90" if runs_hopper else "gpu"), (heads, seq_q, seq_kv, head_dim)
 
 
 def test_explain():

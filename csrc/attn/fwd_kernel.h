@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   constexpr bool kStaged = Config::kTile.staged;
   static_assert(!kStaged || kStages == 1);
   const AttnParams& p = args.params;
-  const FwdTask task = fwd_task<Config::kBlockQ, kBlockKV>(args, blockIdx.x);
+  const FwdTask task = fwd_task<Config::kBlockQ, kBlockKV, Config::kGeneral>(args, blockIdx.x);
   if (task.row0 >= task.rows) return;  // this sequence is shorter than the longest
   const int warp_row = warp_id() * Config::kRowsPerWarp;
 

@@ -82,6 +82,8 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   args.heads_at_once =
       heads_in_cache(p, gpu, args.heads, p.heads_q / std::max<int64_t>(p.heads_kv, 1));
 
+  args.seen = plan_seen_keys(p);
+
   // To zero the counter takes as long as some tiles do.
   constexpr double kLongFlops = 3e10;  // 50 microseconds
   const int64_t tiles = args.heads * args.blocks_q;
@@ -98,6 +100,7 @@ void launch_fwd(const FwdPlan& plan, void* stream) {
   const auto launcher = plan.args.params.dtype == DType::f16
                             ? launcher_of_dtype<DType::f16>(plan.head_dim)
                             : launcher_of_dtype<DType::bf16>(plan.head_dim);
+  if (plan.args.seen.ranges) launch_seen_keys(plan.args.params, plan.args.seen, stream);
   launcher(plan, stream);
 }
 

@@ -17,8 +17,11 @@ struct FwdPlan {
   bool counts = false;  // thread blocks take the next tile when they are done with one
   unsigned* taken = nullptr;
 
-  int64_t scratch_floats() const { return counts; }
-  void use_scratch(float* scratch) { taken = reinterpret_cast<unsigned*>(scratch); }
+  int64_t scratch_floats() const { return 2 * args.seen.count() + counts; }
+  void use_scratch(float* scratch) {
+    if (args.seen.count()) args.seen.ranges = reinterpret_cast<const SeenRange*>(scratch);
+    if (counts) taken = reinterpret_cast<unsigned*>(scratch + 2 * args.seen.count());
+  }
 };
 
 using FwdLauncher = void (*)(const FwdPlan&, void* stream);

@@ -145,7 +145,7 @@ FX_DEVICE void load(const FwdArgs& args, Shared<Config> shared) {
   for (unsigned number = take.next(); number < tiles;) {
     tell(number);
     const unsigned next = take.next();  // known by the time that it is needed
-    const FwdTask task = fwd_task<Config::kBlockQ, kBlockKV>(args, number);
+    const FwdTask task = fwd_task<Config::kBlockQ, kBlockKV, Config::kGeneral>(args, number);
     if (task.row0 < task.rows) load_tile(task);
     number = next;
   }
@@ -227,7 +227,7 @@ class Compute {
       number = uniform(number);
       number_at.advance();
       if (number >= tiles_of(args)) return;
-      const FwdTask task = fwd_task<Config::kBlockQ, kBlockKV>(args, number);
+      const FwdTask task = fwd_task<Config::kBlockQ, kBlockKV, Config::kGeneral>(args, number);
       if (task.row0 < task.rows) tile(task);
     }
   }

@@ -38,7 +38,7 @@ struct MmaAtom {
   // Of these four lanes, each holding four numbers: lane i gets the i-th of lane 0, 1, 2 and 3.
   FX_DEVICE static void transpose_lanes(uint32_t (&x)[4]) {
     const auto swap_with = [](int other, bool upper, uint32_t& low, uint32_t& high) {
-      const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? low : high, other);
+      const uint32_t got = shuffle_xor(upper ? low : high, other);
       (upper ? low : high) = got;
     };
     const bool odd = lane_id() & 1, second = lane_id() & 2;
