@@ -67,14 +67,22 @@ MODELS = (bert, llama, mistral, gemma2, gpt_oss, t5, modernbert, phi, qwen3)
 CAUSAL = (llama, mistral, gemma2, gpt_oss, phi, qwen3)
 
 
+@pytest.fixture(scope="module", autouse=True, params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request):
+    """All tensors and models of a test are made there."""
+    with torch.device(request.param):
+        yield request.param
+
+
 @pytest.fixture(scope="module", params=MODELS, ids=lambda make: make.__name__)
-def model(request):
+def model(request, device):
     torch.manual_seed(0)
     return request.param().eval()
 
 
 def tokens():
-    return torch.randint(3, 100, (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator("cpu").manual_seed(1)
+    return torch.randint(3, 100, (BATCH, TOKENS), generator=generator, device="cpu").to(torch.get_default_device())
 
 
 def padding(side):
@@ -150,7 +158,8 @@ def test_sentences_with_real_weights():
 
     encoder = Encoder()
     texts = ["Bread rises.", "Birds find their way by the sun, the stars and the field of the earth.", "Gears slip."]
-    batch, found = encoder.tokens(texts), []
+    batch, found = encoder.tokens(texts).to(torch.get_default_device()), []
+    encoder.model.to(torch.get_default_device())
     for name in ("eager", "flash_ext"):
         encoder.use(name)
         hidden = encoder.model(**batch).last_hidden_state[batch["attention_mask"].bool()]
