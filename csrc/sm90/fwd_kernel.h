@@ -2,8 +2,8 @@
 // fill a ring of keys and values, and warpgroups of 64 rows each compute. While a warpgroup turns one
 // block's scores into weights, the tensor cores multiply for another one.
 #pragma once
-#include "../attn/band.h"
 #include "../attn/element.h"
+#include "band.h"
 #include "fwd_args.h"
 #include "fwd_variants.h"
 #include "softmax.h"
@@ -28,7 +28,7 @@ struct FwdConfig {
   using Output = AccTile<T, 16, kHeadDim>;
 };
 
-inline constexpr int kNumbers = 2;  // tiles that the loading warp may be ahead
+inline constexpr int kTasks = 2;  // the tile that is computed, and one that is loaded meanwhile
 
 template <typename Config>
 struct Shared {
@@ -39,8 +39,8 @@ struct Shared {
   static constexpr int kQTiles = kWarpgroups * Config::kQStages;
   static constexpr int kTileBytes = kQTiles * QTile::kBytes + 2 * kStages * KvTile::kBytes;
   struct Places {
-    Place q[kQTiles], k[kStages], v[kStages], number[kNumbers];
-    unsigned numbers[kNumbers];
+    Place q[kQTiles], k[kStages], v[kStages], task[kTasks];
+    FwdTask tasks[kTasks];  // one without rows: there are no more
   };
   static constexpr int kBytes = kTileBytes + static_cast<int>(sizeof(Places));
   unsigned char* base;
@@ -62,60 +62,69 @@ struct Shared {
     for (Place& place : places().q) place.init(kWarps);
     for (Place& place : places().k) place.init(kWarps * kWarpgroups);
     for (Place& place : places().v) place.init(kWarps * kWarpgroups);
-    for (Place& place : places().number) place.init(kWarps * kWarpgroups);
+    for (Place& place : places().task) place.init(kWarps * kWarpgroups);
     Mbarrier::publish_init();
   }
 };
 
 // Which tiles are this thread block's. They come with the longest ones first; each block takes the
 // next one when it is done, or they are dealt to and fro, so that nobody always gets the longer ones.
+template <typename Config>
 class TakeTiles {
  public:
-  FX_DEVICE explicit TakeTiles(unsigned* taken) : taken(taken) {}
-  FX_DEVICE unsigned next() {
-    ++round;
-    if (taken && round > 0) return gridDim.x + atomicAdd(taken, 1u);
-    return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  FX_DEVICE explicit TakeTiles(const FwdArgs& args) : args(args) {}
+  // The next one that has rows; without rows: there is none.
+  FX_DEVICE FwdTask next() {
+    const unsigned tiles = static_cast<unsigned>(args.heads * args.blocks_q);
+    for (unsigned number; (number = next_number()) < tiles;) {
+      const FwdTask task = fwd_task<Config::kBlockQ, Config::kBlockKV>(args, number);
+      if (task.row0 < task.rows) return task;
+    }
+    return {};
   }
 
  private:
-  unsigned* taken;
+  const FwdArgs& args;
   int round = -1;
-};
 
-FX_DEVICE unsigned tiles_of(const FwdArgs& args) {
-  return static_cast<unsigned>(args.heads * args.blocks_q);
-}
+  FX_DEVICE unsigned next_number() {
+    ++round;
+    if (args.taken && round > 0) return gridDim.x + atomicAdd(args.taken, 1u);
+    return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  }
+};
 
 // One thread: everything is loaded in the order in which it is used.
 template <typename Config>
 FX_DEVICE void load(const FwdArgs& args, Shared<Config> shared) {
-  constexpr int kBlockKV = Config::kBlockKV;
   RingPosition<Config::kStages> k_at, v_at;
   RingPosition<Config::kQStages> q_at;
-  RingPosition<kNumbers> number_at;
-  const auto tell = [&](unsigned number) {
-    Place& place = shared.places().number[number_at.stage];
-    place.wait_empty(number_at.parity);
-    shared.places().numbers[number_at.stage] = number;
+  RingPosition<kTasks> task_at;
+  const auto tell = [&](const FwdTask& task) {
+    Place& place = shared.places().task[task_at.stage];
+    place.wait_empty(task_at.parity);
+    shared.places().tasks[task_at.stage] = task;
     place.full.arrive();
-    number_at.advance();
+    task_at.advance();
   };
-  const auto load_tile = [&](const FwdTask& task) {
+  TakeTiles<Config> take(args);
+  for (FwdTask task = take.next();;) {
+    tell(task);
+    if (task.rows == 0) return;
     const int batch = args.params.cu_seqlens_q ? 0 : task.batch;
-    const int first_key = static_cast<int>(task.first_k);
+    const auto keys_at = [&](int block) {
+      return Corner{static_cast<int>(task.first_k) + block * Config::kBlockKV, task.kv_head, batch};
+    };
     const auto load_keys = [&](int block) {
       Place& place = shared.places().k[k_at.stage];
       place.wait_empty(k_at.parity);
-      copy_tile(shared.k(k_at.stage), args.k_map,
-                {first_key + block * kBlockKV, task.kv_head, batch}, place.full);
+      copy_tile(shared.k(k_at.stage), args.k_map, keys_at(block), place.full);
       k_at.advance();
     };
     const auto load_values = [&](int block) {
       Place& place = shared.places().v[v_at.stage];
       place.wait_empty(v_at.parity);
-      copy_tile(shared.v(v_at.stage), args.v_map,
-                {first_key + block * kBlockKV, task.kv_head, batch}, place.full);
+      copy_tile(shared.v(v_at.stage), args.v_map, keys_at(block), place.full);
       v_at.advance();
     };
     const bool any = task.block_begin < task.block_end;
@@ -133,18 +142,11 @@ FX_DEVICE void load(const FwdArgs& args, Shared<Config> shared) {
       load_keys(block);
       load_values(block - 1);
     }
+    // As late as possible, so that all thread blocks end together, but before the wait for a place.
+    const FwdTask next = take.next();
     if (any) load_values(task.block_end - 1);
-  };
-  const unsigned tiles = tiles_of(args);
-  TakeTiles take(args.taken);
-  for (unsigned number = take.next(); number < tiles;) {
-    tell(number);
-    const unsigned next = take.next();  // known by the time that it is needed
-    const FwdTask task = fwd_task<Config::kBlockQ, kBlockKV>(args, number);
-    if (task.row0 < task.rows) load_tile(task);
-    number = next;
+    task = next;
   }
-  tell(tiles);
 }
 
 // Divides by the softmax's denominator, in which the sink takes part, and writes lse.
@@ -211,17 +213,17 @@ class Compute {
 
   FX_DEVICE void all_tiles() {
     if (id == kWarpgroups - 1) pass_turn();  // the first turn is the first one's
-    RingPosition<kNumbers> number_at;
+    RingPosition<kTasks> task_at;
     for (;;) {
-      Place& place = shared.places().number[number_at.stage];
-      place.wait_full(number_at.parity);
-      const unsigned number = shared.places().numbers[number_at.stage];
+      Place& place = shared.places().task[task_at.stage];
+      place.wait_full(task_at.parity);
+      FwdTask task = shared.places().tasks[task_at.stage];
       __syncwarp();  // all lanes have read it
       place.release();
-      number_at.advance();
-      if (number >= tiles_of(args)) return;
-      const FwdTask task = fwd_task<Config::kBlockQ, kBlockKV>(args, number);
-      if (task.row0 < task.rows) tile(task);
+      task_at.advance();
+      if (task.rows == 0) return;
+      task.pack = Divisor{};  // heads are not packed here, and now the compiler knows
+      tile(task);
     }
   }
 
@@ -262,7 +264,7 @@ class Compute {
   }
 
   FX_DEVICE void tile(const FwdTask& task) {
-    const int row0 = task.row0 + 64 * id + warp_row;
+    const int row0 = task.row0 + 64 * id;
     const typename Config::QTile q = shared.q(q_at.stage, id);
     Place& q_place = shared.q_place(q_at.stage, id);
     q_place.wait_full(q_at.parity);
@@ -271,27 +273,52 @@ class Compute {
     typename Config::Output o;
     o.clear();
     Softmax<T> softmax;
-    if (task.block_begin < task.block_end) all_blocks(task, row0, q, o, softmax);
+    KeyBlocks blocks;  // of these rows
+    if (row0 < task.rows)
+      blocks = key_blocks<kBlockKV>(task, row0, std::min(row0 + 64, task.rows));
+    int passed = task.block_begin;
+    if (blocks.block_begin < blocks.block_end) {
+      pass_blocks(blocks.block_begin - passed);
+      all_blocks(task, blocks, row0 + warp_row, q, o, softmax);
+      passed = blocks.block_end;
+    }
+    pass_blocks(task.block_end - passed);
 
-    normalise<Config>(o, softmax, p, task, row0);
+    normalise<Config>(o, softmax, p, task, row0 + warp_row);
     wait_for_warpgroup();  // all of it has read q
-    write_output<Config>(o, q, p, task, row0, warp_row);
+    write_output<Config>(o, q, p, task, row0 + warp_row, warp_row);
     q_place.release();
   }
 
-  FX_DEVICE void all_blocks(const FwdTask& task, int row0, typename Config::QTile q,
-                            typename Config::Output& o, Softmax<T>& softmax) {
+  // Blocks that only other warpgroups of the tile need.
+  FX_DEVICE void pass_blocks(int count) {
+#pragma unroll 1
+    for (; count > 0; --count) {
+      shared.places().k[k_at.stage].wait_full(k_at.parity);
+      shared.places().k[k_at.stage].release();
+      k_at.advance();
+      take_turn();
+      pass_turn();
+      shared.places().v[v_at.stage].wait_full(v_at.parity);
+      shared.places().v[v_at.stage].release();
+      v_at.advance();
+    }
+  }
+
+  FX_DEVICE void all_blocks(const FwdTask& task, const KeyBlocks& blocks, int row0,
+                            typename Config::QTile q, typename Config::Output& o,
+                            Softmax<T>& softmax) {
     typename Config::Scores s;
     typename Config::Weights weights;
-    int block = task.block_begin;
+    int block = blocks.block_begin;
     shared.places().k[k_at.stage].wait_full(k_at.parity);
     take_turn();
     start_scores(s, q);
     pass_turn();
     wgmma_wait<0>();
     scores_arrived(s);
-    if (block < task.whole_begin || block >= task.whole_end)
-      apply_band(s, task, row0, block * kBlockKV);
+    if (block < blocks.whole_begin || block >= blocks.whole_end)
+      hide_unseen(s, task, row0, block * kBlockKV);
     softmax.template step<true>(s, weights, o, scale);
 
     // The output of each block is computed together with the scores of the next one. whole: every
@@ -308,14 +335,14 @@ class Compute {
         wgmma_wait<0>();
         output_arrived(o);
         scores_arrived(s);
-        if constexpr (!decltype(whole)::value) apply_band(s, task, row0, block * kBlockKV);
+        if constexpr (!decltype(whole)::value) hide_unseen(s, task, row0, block * kBlockKV);
         softmax.template step<false>(s, weights, o, scale);
       }
       --block;
     };
-    blocks_to(std::min(task.whole_begin, task.block_end), std::false_type{});
-    blocks_to(std::min(task.whole_end, task.block_end), std::true_type{});
-    blocks_to(task.block_end, std::false_type{});
+    blocks_to(std::min(blocks.whole_begin, blocks.block_end), std::false_type{});
+    blocks_to(std::min(blocks.whole_end, blocks.block_end), std::true_type{});
+    blocks_to(blocks.block_end, std::false_type{});
 
     shared.places().v[v_at.stage].wait_full(v_at.parity);
     if (const int left = task.seq_kv - block * kBlockKV; p.cu_seqlens_k && left < kBlockKV) {
