@@ -16,14 +16,14 @@ FX_DEVICE int columns_below(int col) {
 
 FX_DEVICE uint32_t lowest_bits(int count) { return count < 32 ? (1u << count) - 1 : ~0u; }
 
-// Hides the keys that a row does not see. Bits, not columns, because the compiler moves seven of them
+// Hides the keys that a row does not see; row r is query r. Bits, not columns, because the compiler moves seven of them
 // at once into predicates.
 template <typename T, int kCols>
 FX_DEVICE void hide_unseen(AccTile<T, 16, kCols>& s, const FwdTask& task, int row0, int kv0) {
   static_assert(kCols <= 128, "a bit for each of a lane's columns");
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot) {
-    const int query = task.query(row0 + s.row(0, slot)) - kv0;
+    const int query = row0 + s.row(0, slot) - kv0;
     const int end = std::min(query + task.right + 1, task.seq_kv - kv0);
     const uint32_t seen = lowest_bits(columns_below<kCols>(end)) &
                           ~lowest_bits(columns_below<kCols>(query - task.left));

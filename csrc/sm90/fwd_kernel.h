@@ -28,7 +28,7 @@ struct FwdConfig {
   using Output = AccTile<T, 16, kHeadDim>;
 };
 
-inline constexpr int kTasks = 2;  // the tile that is computed, and one that is loaded meanwhile
+inline constexpr int kTasks = 3;  // tiles that the loading warp has named and somebody still computes
 
 template <typename Config>
 struct Shared {
@@ -67,17 +67,20 @@ struct Shared {
   }
 };
 
-// Which tiles are this thread block's. They come with the longest ones first; each block takes the
-// next one when it is done, or they are dealt to and fro, so that nobody always gets the longer ones.
+// Which tiles are this thread block's. Each block takes the next one when it is done, or they are dealt
+// to and fro, so that nobody always gets the longer ones. They are counted from the last one down: so
+// the longest come first, and if a group of heads is smaller than the others, it is the first one.
 template <typename Config>
 class TakeTiles {
  public:
   FX_DEVICE explicit TakeTiles(const FwdArgs& args) : args(args) {}
-  // The next one that has rows; without rows: there is none.
+  // The next one that has rows; without rows: there is none. At least one block of keys belongs to
+  // it, seen or not.
   FX_DEVICE FwdTask next() {
     const unsigned tiles = static_cast<unsigned>(args.heads * args.blocks_q);
     for (unsigned number; (number = next_number()) < tiles;) {
-      const FwdTask task = fwd_task<Config::kBlockQ, Config::kBlockKV>(args, number);
+      FwdTask task = fwd_task<Config::kBlockQ, Config::kBlockKV>(args, tiles - 1 - number);
+      task.block_end = std::max(task.block_end, task.block_begin + 1);
       if (task.row0 < task.rows) return task;
     }
     return {};
@@ -127,8 +130,7 @@ FX_DEVICE void load(const FwdArgs& args, Shared<Config> shared) {
       copy_tile(shared.v(v_at.stage), args.v_map, keys_at(block), place.full);
       v_at.advance();
     };
-    const bool any = task.block_begin < task.block_end;
-    if (any) load_keys(task.block_begin);
+    load_keys(task.block_begin);
     for (int i = 0; i < Config::kWarpgroups; ++i) {
       Place& place = shared.q_place(q_at.stage, i);
       place.wait_empty(q_at.parity);
@@ -144,47 +146,60 @@ FX_DEVICE void load(const FwdArgs& args, Shared<Config> shared) {
     }
     // As late as possible, so that all thread blocks end together, but before the wait for a place.
     const FwdTask next = take.next();
-    if (any) load_values(task.block_end - 1);
+    load_values(task.block_end - 1);
     task = next;
   }
 }
 
-// Divides by the softmax's denominator, in which the sink takes part, and writes lse.
+// Divides by the softmax's denominator, in which the sink takes part, and writes lse. row0: the
+// warp's first row.
 template <typename Config>
 FX_DEVICE void normalise(typename Config::Output& o, Softmax<typename Config::T>& softmax,
                          const AttnParams& p, const FwdTask& task, int row0) {
   softmax.sum.reduce_lanes([](float a, float b) { return a + b; });
+  float* lse = static_cast<float*>(p.lse) + task.lse_offset(p, 0);
+  bool blind = false;
   RowVec<typename Config::T, 16> factor;
   factor.for_each([&](float& x, int m, int r) {
     const int row = row0 + o.row(m, r);
     Denominator all{softmax.reference.v[m][r], softmax.sum.v[m][r]};
+    blind |= all.sum == 0.f;
     if (p.sinks) all.add_sink(static_cast<const float*>(p.sinks)[task.head] * kLog2e);
     x = all.reciprocal();
-    if (row >= task.rows || !o.speaks_for_row()) return;
-    const float lse = all.sum == 0.f ? -INFINITY : all.top + log2f(all.sum);
-    static_cast<float*>(p.lse)[task.lse_offset(p, row)] = lse * kLn2;
+    if (row < task.rows && o.speaks_for_row())
+      lse[row] = all.sum == 0.f ? -INFINITY : (all.top + log2f(all.sum)) * kLn2;
   });
   softmax.multiply(o, factor);
+  // Rows that see no key have met values nevertheless, with weights of zero, and a NaN stays one.
+  if (any_lane(blind))
+    o.for_each([&](float& x, int m, int r, int) {
+      if (softmax.sum.v[m][r] == 0.f) x = 0.f;
+    });
 }
 
-// Writes a warp's 16 rows of o through those of q, which are not needed any more.
+// Writes a warp's 16 rows of o. Of each 16 columns a lane holds two neighbours, and two that are
+// eight columns on; two lanes exchange theirs, so that each has four neighbours.
 template <typename Config>
-FX_DEVICE void write_output(const typename Config::Output& o, typename Config::QTile q,
-                            const AttnParams& p, const FwdTask& task, int row0, int warp_row) {
+FX_DEVICE void write_output(const typename Config::Output& o, const AttnParams& p,
+                            const FwdTask& task, int row0) {
   using T = typename Config::T;
-  constexpr int kChunks = Config::kHeadDim / 8;
-  o.store(q, warp_row);
-  __syncwarp();  // the 16 rows are there
-  T* out = static_cast<T*>(p.o.data) + task.offset(p.o, row0);
-#pragma unroll 4
-  for (int i = lane_id(); i < 16 * kChunks; i += kWarpSize) {
-    const int row = i / kChunks, col = i % kChunks * 8;
-    if (row0 + row < task.rows && col < p.head_dim_v)
-      *reinterpret_cast<uint4*>(out + row * p.o.seq_stride + col) =
-          *reinterpret_cast<const uint4*>(q.at(warp_row + row, col));
+  const unsigned lane = lane_id();
+  const bool odd = lane % 2;
+  const int first_col = lane % 4 / 2 * 4 + (odd ? 8 : 0);
+  T* out = static_cast<T*>(p.o.data) + task.first_offset(p.o) + first_col;
+#pragma unroll
+  for (int slot = 0; slot < 2; ++slot) {
+    const int row = row0 + o.row(0, slot);
+    T* to = out + row * p.o.seq_stride;
+#pragma unroll
+    for (int n = 0; n < Config::kHeadDim / 16; ++n) {
+      const auto rounded = MmaAtom<T>::to_operand(o.atom[0][n]);
+      const uint32_t low = rounded.reg[slot], high = rounded.reg[slot + 2];
+      const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
+      if (row < task.rows && n * 16 + first_col < p.head_dim_v)
+        *reinterpret_cast<uint2*>(to + n * 16) = odd ? uint2{got, high} : uint2{low, got};
+    }
   }
-  ptx::fence_proxy_async();  // the copy engine may write q after what this thread did there
-  __syncwarp();              // ... and all lanes
 }
 
 // Packed tensors: what follows the last key belongs to another sequence, and may be NaN, which a
@@ -211,19 +226,48 @@ class Compute {
         // 0 is nearly 0.
         scale(fmaxf(static_cast<float>(p.scale) * kLog2e, 1e-37f)) {}
 
+  // The products that end a tile are started together with the first ones of the next tile.
   FX_DEVICE void all_tiles() {
     if (id == kWarpgroups - 1) pass_turn();  // the first turn is the first one's
+    typename Config::Scores s;
+    typename Config::Weights weights;
+    typename Config::Output o;
+    Softmax<T> softmax;
     RingPosition<kTasks> task_at;
+    KeyBlocks own = wait_for_first_keys(task_at);
+    take_turn();
+    start_scores(s);
+    pass_turn();
     for (;;) {
-      Place& place = shared.places().task[task_at.stage];
-      place.wait_full(task_at.parity);
-      FwdTask task = shared.places().tasks[task_at.stage];
-      __syncwarp();  // all lanes have read it
-      place.release();
-      task_at.advance();
+      const FwdTask& task = shared.places().tasks[task_at.stage];
+      wgmma_wait<0>();
       if (task.rows == 0) return;
-      task.pack = Divisor{};  // heads are not packed here, and now the compiler knows
-      tile(task);
+      scores_arrived(s);
+      pass_values(own.block_begin - task.block_begin);
+      const int row0 = task.row0 + 64 * id + warp_row;
+      o.clear();
+      softmax = {};
+      all_blocks(task, own, row0, s, weights, o, softmax);
+
+      shared.q_place(q_at.stage, id).release();
+      q_at.advance();
+      const int behind = task.block_end - own.block_end;
+      pass_keys(behind);
+      RingPosition<kTasks> next_at = task_at;
+      next_at.advance();
+      own = wait_for_first_keys(next_at);
+      take_turn();
+      start_output(o, weights);
+      start_scores(s);
+      pass_turn();
+      wgmma_wait<1>();
+      output_arrived(o);
+      pass_values(behind);
+      normalise<Config>(o, softmax, p, task, row0);
+      write_output<Config>(o, p, task, row0);
+      __syncwarp();  // no lane reads the task any more
+      shared.places().task[task_at.stage].release();
+      task_at = next_at;
     }
   }
 
@@ -242,9 +286,9 @@ class Compute {
   FX_DEVICE void pass_turn() { barrier_arrive(1 + (id + 1) % kWarpgroups, 2 * kWarpgroup); }
   FX_DEVICE void wait_for_warpgroup() { barrier_wait(1 + kWarpgroups + id, kWarpgroup); }
 
-  FX_DEVICE void start_scores(typename Config::Scores& s, typename Config::QTile q) {
+  FX_DEVICE void start_scores(typename Config::Scores& s) {
     wgmma_fence();
-    start_abt<Config::kHeadDim>(s, q, shared.k(k_at.stage));  // s = q k^T
+    start_abt<Config::kHeadDim>(s, shared.q(q_at.stage, id), shared.k(k_at.stage));  // s = q k^T
     wgmma_commit();
   }
   FX_DEVICE void scores_arrived(typename Config::Scores& s) {
@@ -263,35 +307,8 @@ class Compute {
     v_at.advance();
   }
 
-  FX_DEVICE void tile(const FwdTask& task) {
-    const int row0 = task.row0 + 64 * id;
-    const typename Config::QTile q = shared.q(q_at.stage, id);
-    Place& q_place = shared.q_place(q_at.stage, id);
-    q_place.wait_full(q_at.parity);
-    q_at.advance();
-
-    typename Config::Output o;
-    o.clear();
-    Softmax<T> softmax;
-    KeyBlocks blocks;  // of these rows
-    if (row0 < task.rows)
-      blocks = key_blocks<kBlockKV>(task, row0, std::min(row0 + 64, task.rows));
-    int passed = task.block_begin;
-    if (blocks.block_begin < blocks.block_end) {
-      pass_blocks(blocks.block_begin - passed);
-      all_blocks(task, blocks, row0 + warp_row, q, o, softmax);
-      passed = blocks.block_end;
-    }
-    pass_blocks(task.block_end - passed);
-
-    normalise<Config>(o, softmax, p, task, row0 + warp_row);
-    wait_for_warpgroup();  // all of it has read q
-    write_output<Config>(o, q, p, task, row0 + warp_row, warp_row);
-    q_place.release();
-  }
-
-  // Blocks that only other warpgroups of the tile need.
-  FX_DEVICE void pass_blocks(int count) {
+  // Blocks of keys and of values that only other warpgroups of the tile need.
+  FX_DEVICE void pass_keys(int count) {
 #pragma unroll 1
     for (; count > 0; --count) {
       shared.places().k[k_at.stage].wait_full(k_at.parity);
@@ -299,25 +316,50 @@ class Compute {
       k_at.advance();
       take_turn();
       pass_turn();
+    }
+  }
+  FX_DEVICE void pass_values(int count) {
+#pragma unroll 1
+    for (; count > 0; --count) {
       shared.places().v[v_at.stage].wait_full(v_at.parity);
       shared.places().v[v_at.stage].release();
       v_at.advance();
     }
   }
 
-  FX_DEVICE void all_blocks(const FwdTask& task, const KeyBlocks& blocks, int row0,
-                            typename Config::QTile q, typename Config::Output& o,
-                            Softmax<T>& softmax) {
-    typename Config::Scores s;
-    typename Config::Weights weights;
-    int block = blocks.block_begin;
+  // The tile's blocks that this warpgroup computes: those that its rows see, and as many beside them
+  // as the ring asks for: the next tile's first keys must come before this one's last values are
+  // given back.
+  FX_DEVICE KeyBlocks own_blocks(const FwdTask& task) const {
+    const int row0 = task.row0 + 64 * id;
+    KeyBlocks own;
+    if (row0 < task.rows)
+      own = key_blocks<kBlockKV>(task, row0, std::min(row0 + 64, task.rows));
+    own.block_begin = std::clamp(own.block_begin, task.block_begin, task.block_begin + 1);
+    own.block_begin = std::min(own.block_begin, task.block_end - 1);
+    own.block_end = std::clamp(own.block_end, std::max(own.block_begin + 1, task.block_end - Config::kStages + 1),
+                               task.block_end);
+    return own;
+  }
+
+  // Waits for a tile's name, its rows and this warpgroup's first keys, if there is such a tile.
+  FX_DEVICE KeyBlocks wait_for_first_keys(RingPosition<kTasks> task_at) {
+    shared.places().task[task_at.stage].wait_full(task_at.parity);
+    const FwdTask& task = shared.places().tasks[task_at.stage];
+    if (task.rows == 0) return {};
+    const KeyBlocks own = own_blocks(task);
+    pass_keys(own.block_begin - task.block_begin);
+    shared.q_place(q_at.stage, id).wait_full(q_at.parity);
     shared.places().k[k_at.stage].wait_full(k_at.parity);
-    take_turn();
-    start_scores(s, q);
-    pass_turn();
-    wgmma_wait<0>();
-    scores_arrived(s);
-    if (block < blocks.whole_begin || block >= blocks.whole_end)
+    return own;
+  }
+
+  // From the first block's scores to the last one's weights, and the output of those before it.
+  FX_DEVICE void all_blocks(const FwdTask& task, const KeyBlocks& own, int row0,
+                            typename Config::Scores& s, typename Config::Weights& weights,
+                            typename Config::Output& o, Softmax<T>& softmax) {
+    int block = own.block_begin;
+    if (block < own.whole_begin || block >= own.whole_end)
       hide_unseen(s, task, row0, block * kBlockKV);
     softmax.template step<true>(s, weights, o, scale);
 
@@ -330,7 +372,7 @@ class Compute {
         shared.places().v[v_at.stage].wait_full(v_at.parity);
         take_turn();
         start_output(o, weights);
-        start_scores(s, q);
+        start_scores(s);
         pass_turn();
         wgmma_wait<0>();
         output_arrived(o);
@@ -340,18 +382,15 @@ class Compute {
       }
       --block;
     };
-    blocks_to(std::min(blocks.whole_begin, blocks.block_end), std::false_type{});
-    blocks_to(std::min(blocks.whole_end, blocks.block_end), std::true_type{});
-    blocks_to(blocks.block_end, std::false_type{});
+    blocks_to(std::min(own.whole_begin, own.block_end), std::false_type{});
+    blocks_to(std::min(own.whole_end, own.block_end), std::true_type{});
+    blocks_to(own.block_end, std::false_type{});
 
     shared.places().v[v_at.stage].wait_full(v_at.parity);
     if (const int left = task.seq_kv - block * kBlockKV; p.cu_seqlens_k && left < kBlockKV) {
       clear_rows<Config>(shared.v(v_at.stage), left);
       wait_for_warpgroup();  // all rows are clear
     }
-    start_output(o, weights);
-    wgmma_wait<0>();
-    output_arrived(o);
   }
 };
 
