@@ -1,5 +1,6 @@
 """Time of the GPU forward beside the backends of scaled_dot_product_attention, in turns and in one process."""
 
+import re
 import statistics
 import sys
 from contextlib import contextmanager
@@ -8,22 +9,13 @@ from importlib.util import find_spec
 
 import common
 import torch
+from peers import PEERS, peers_of
 
 import flash_ext
 from flash_ext.measure import progress, table
 from flash_ext.testing import Case
 
-OURS = {"flash_ext": None, "gpu": "gpu", "sm90": "sm90"}  # the one chosen, and by name
-PEERS = {
-    "FA2": "FLASH_ATTENTION",
-    "cuDNN": "CUDNN_ATTENTION",
-    "mem-eff": "EFFICIENT_ATTENTION",
-    "math": "MATH",  # its products in float32 proper: torch.backends.cuda.matmul.allow_tf32 is False by default
-}
-
-
-def peers_of(dtype):
-    return ("mem-eff", "math") if dtype == torch.float32 else ("FA2", "cuDNN", "mem-eff")
+OURS = {"flash_ext": None, "gpu": "gpu"}  # the backend that is chosen, and the one of every GPU
 
 
 def rows():
@@ -41,6 +33,7 @@ def rows():
     yield causal("gqa-8k-causal", 2, 32, 8, 8192, 8192, 128), torch.bfloat16
     yield causal("chunk-1k-16k", 1, 32, 8, 1024, 16384, 128), torch.bfloat16
     yield causal("chunk-256-8k", 4, 32, 8, 256, 8192, 128), torch.bfloat16
+    yield Case("window-1k-8k", 2, 32, 8, 8192, 8192, 128, is_causal=True, window=(1023, 0)), torch.bfloat16
     for head_dim in (80, 96, 192):
         yield causal(f"d{head_dim}-2k-causal", 4, 32, 32, 2048, 2048, head_dim), torch.float16
     yield Case("d32-256", 64, 32, 32, 256, 256, 32), torch.float16
@@ -67,33 +60,19 @@ def rows():
     yield Case("f32-decode-b32-4k-mha", 32, 16, 16, 1, 4096, 64), torch.float32
 
 
-def sdpa_call(backend, case, q, k, v):
-    from torch.nn.attention import SDPBackend, bias, sdpa_kernel
-
-    options = {"enable_gqa": case.heads_q != case.heads_kv}
-    if case.is_causal and case.seq_q == case.seq_kv:
-        options["is_causal"] = True
-    elif case.is_causal:
-        options["attn_mask"] = bias.causal_lower_right(case.seq_q, case.seq_kv)
-
-    def call():
-        with sdpa_kernel(getattr(SDPBackend, backend)):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
-
-    return call
-
-
 def calls(case, dtype, names):
     """name -> what to time, a replay of a CUDA graph, so that the host does not count."""
     q, k, v = common.tensors(case, dtype, "cuda")
     found = {}
     for name in names:
-        if name in OURS:
-            call = partial(flash_ext.attn, q, k, v, is_causal=case.is_causal, backend=OURS[name])
-        else:
-            call = sdpa_call(PEERS[name], case, q, k, v)
-        with without_what_fails(case, name):
-            found[name] = captured(torch.inference_mode()(call))
+        with without_what_fails(case, name), torch.no_grad():
+            if name in OURS:
+                call = partial(
+                    flash_ext.attn, q, k, v, is_causal=case.is_causal, window=case.window, backend=OURS[name]
+                )
+            else:
+                call = PEERS[name](case, q, k, v)
+            found[name] = captured(call)
     return found
 
 
@@ -169,7 +148,7 @@ def text_table(results, names, peers):
     return table(("case", "unit", "time", *names, *(f"x {name}" for name in peers)), lines)
 
 
-def plot(name, title, facts, results, names, peers):
+def plot_ratios(name, heading, results, names, peers):
     """Speed over the first peer that runs a case; returns the path."""
 
     def over(result, name):
@@ -178,14 +157,55 @@ def plot(name, title, facts, results, names, peers):
 
     compared = [r for r in results if any(peer in r["rates"] for peer in peers)]
     series = {name: [over(r, name) for r in compared] for name in names}
-    series = {name: values for name, values in series.items() if any(values)}
-    heading = f"{title}\n{facts['gpu']}, torch {facts['torch']}"
     return common.plot_bars(
         name, heading, [r["title"] for r in compared], series, f"speed over {peers[0]}, or the next"
     )
 
 
-def main(title, name, all_rows, calls, names, backward=False, peers=tuple(PEERS), peers_of=peers_of):
+SERIES = re.compile(r"d(\d+)-(\d+)k(-causal)?")  # the rows that differ in nothing but these
+
+
+def plot_series(name, heading, results, names):
+    """TFLOP/s over tokens, a panel for each head_dim and mask, and the rate of a large product; returns the path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = {match: r["rates"] for r in results if (match := SERIES.fullmatch(r["title"]))}
+    dims = sorted({int(match[1]) for match in found})
+    ceiling = matrix_product_rate()
+    figure, axes = pyplot.subplots(2, len(dims), figsize=(4 * len(dims), 7), sharey=True, squeeze=False)
+    for row, mask in enumerate((None, "-causal")):
+        for axis, dim in zip(axes[row], dims, strict=True):
+            here = sorted((int(m[2]), rates) for m, rates in found.items() if (int(m[1]), m[3]) == (dim, mask))
+            for peer in names:
+                points = [(tokens, rates[peer]) for tokens, rates in here if peer in rates]
+                if points:
+                    axis.plot(*zip(*points, strict=True), marker="o", label=peer, linewidth=3 if peer in OURS else 1)
+            axis.axhline(ceiling, color="gray", linestyle="--", label="matrix product")
+            axis.set(title=f"head_dim {dim}{', causal' if mask else ''}", xscale="log", ylim=(0, None))
+            tokens = [tokens for tokens, _ in here]
+            axis.set_xticks(tokens, [f"{n}k" for n in tokens], minor=False)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        axes[row][0].set_ylabel("TFLOP/s")
+    axes[0][0].legend(fontsize=7)
+    figure.suptitle(heading, fontsize=9)
+    figure.tight_layout()
+    path = common.RESULTS / f"{name}.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def matrix_product_rate(size=8192):
+    """TFLOP/s of a bfloat16 product through torch."""
+    x = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+    return 2 * size**3 / 1e12 / seconds(captured(lambda: x @ x), 0.3)
+
+
+def main(title, name, all_rows, calls, names, backward=False, peers_of=peers_of):
     """The command line of a benchmark; calls(case, dtype, names) makes what is timed."""
     parser = common.arguments(title)
     parser.add_argument("--rows", nargs="+", metavar="TEXT", help="rows whose name contains one of these")
@@ -201,19 +221,24 @@ def main(title, name, all_rows, calls, names, backward=False, peers=tuple(PEERS)
     results = []
     with progress(len(chosen) * options.rounds, "measuring") as bar:
         for case, dtype in chosen:
-            found = calls(case, dtype, [*names, *peers_of(dtype)])
+            found = calls(case, dtype, [*names, *peers_of(case, dtype)])
             results.append(measure(case, dtype, found, backward, options, bar.update))
+    ran = {name for result in results for name in result["rates"]}
+    names, peers = [name for name in names if name in ran], [name for name in PEERS if name in ran]
     print(text_table(results, [*names, *peers], peers))
     for peer in peers:
         ratios = [r["rates"]["flash_ext"] / r["rates"][peer] for r in results if peer in r["rates"]]
         if ratios:
             print(f"geometric mean over {peer}: {statistics.geometric_mean(ratios):.3f}")
     print(common.save(name, facts, results))
-    if find_spec("matplotlib"):
-        print(plot(name, title, facts, results, [*names, *peers], peers))
-    else:
-        print("no plot: matplotlib is not installed")
+    if not find_spec("matplotlib"):
+        print("no plots: matplotlib is not installed")
+        return
+    heading = f"{title}\n{facts['gpu']}, torch {facts['torch']}"
+    print(plot_ratios(name, heading, results, [*names, *peers], peers))
+    if any(SERIES.fullmatch(result["title"]) for result in results):
+        print(plot_series(f"{name}-series", heading, results, [*names, *peers]))
 
 
 if __name__ == "__main__":
-    main(__doc__, "gpu", rows(), calls, list(OURS))
+    main(__doc__, "gpu", list(rows()), calls, list(OURS))

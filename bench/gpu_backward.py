@@ -5,8 +5,11 @@ from functools import partial
 import common
 import gpu
 import torch
+from peers import PEERS
 
 import flash_ext
+
+OURS = {"flash_ext": {}, "deterministic": {"deterministic": True}}
 
 
 def rows():
@@ -20,17 +23,15 @@ def calls(case, dtype, names):
     grad_out = torch.randn_like(q)
     found = {}
     for name in names:
-        if name == "flash_ext":
-            call = partial(flash_ext.attn, q, k, v, is_causal=case.is_causal, backend="gpu")
-        elif name == "deterministic":
-            call = partial(flash_ext.attn, q, k, v, is_causal=case.is_causal, backend="gpu", deterministic=True)
-        else:
-            call = gpu.sdpa_call(gpu.PEERS[name], case, q, k, v)
         with gpu.without_what_fails(case, name):
-            found[name] = partial(torch.autograd.grad, call(), (q, k, v), grad_out, retain_graph=True)
+            if name in OURS:
+                out = flash_ext.attn(q, k, v, is_causal=case.is_causal, backend="gpu", **OURS[name])
+            else:
+                out = PEERS[name](case, q, k, v)()
+            found[name] = partial(torch.autograd.grad, out, (q, k, v), grad_out, retain_graph=True)
             found[name]()
     return found
 
 
 if __name__ == "__main__":
-    gpu.main(__doc__, "gpu-backward", rows(), calls, ["flash_ext", "deterministic"], backward=True)
+    gpu.main(__doc__, "gpu-backward", rows(), calls, list(OURS), backward=True)

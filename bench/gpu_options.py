@@ -1,14 +1,15 @@
 """Time of the GPU forward with options, beside what torch has for them: SDPA with a mask, compiled FlexAttention."""
 
 import math
-from functools import cache, partial
+from functools import partial
 
 import common
 import gpu
 import torch
 import torch.nn.functional as F
+from peers import compiled_flex
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask
 
 import flash_ext
 from flash_ext.testing import Case
@@ -16,8 +17,8 @@ from flash_ext.testing import Case
 DTYPE = torch.bfloat16
 SIZES = (4, 16, 16, 4096, 4096)  # batch, heads_q, heads_kv, seq_q, seq_kv
 WINDOW, SOFTCAP, DROPOUT = 1024, 30.0, 0.1
-PEERS = {"mem-eff": SDPBackend.EFFICIENT_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
-ALL_PEERS = (*PEERS, "Flex")
+SDPA = {"mem-eff": SDPBackend.EFFICIENT_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+ALL_PEERS = (*SDPA, "Flex")
 CAUSAL = ("alibi-causal", "softcap-causal", "window-causal")
 
 
@@ -50,7 +51,7 @@ def inputs(case):
     return option, mask, slopes
 
 
-def flash_ext_call(case, q, k, v):
+def flash_ext_call(backend, case, q, k, v):
     option, mask, slopes = inputs(case)
     options = {
         "alibi": dict(alibi_slopes=slopes),
@@ -58,7 +59,7 @@ def flash_ext_call(case, q, k, v):
         "window": dict(window=case.window),
         "dropout": dict(dropout_p=DROPOUT),
     }.get(option, dict(attn_mask=mask))
-    return partial(flash_ext.attn, q, k, v, is_causal=case.is_causal, backend="gpu", **options)
+    return partial(flash_ext.attn, q, k, v, is_causal=case.is_causal, backend=backend, **options)
 
 
 def sdpa_call(backend, case, q, k, v):
@@ -77,12 +78,6 @@ def sdpa_call(backend, case, q, k, v):
             return F.scaled_dot_product_attention(q, k, v, mask, DROPOUT if option == "dropout" else 0.0)
 
     return call
-
-
-@cache
-def compiled_flex():
-    torch._dynamo.config.recompile_limit = 64  # each option is another program; the default would run some eagerly
-    return torch.compile(flex_attention, dynamic=False)
 
 
 def flex_call(case, q, k, v):
@@ -114,8 +109,8 @@ def flex_call(case, q, k, v):
 def calls(case, dtype, names):
     """name -> what to time."""
     q, k, v = common.tensors(case, dtype, "cuda")
-    makers = {"flash_ext": flash_ext_call, "Flex": flex_call}
-    makers |= {name: partial(sdpa_call, backend) for name, backend in PEERS.items()}
+    makers = {name: partial(flash_ext_call, backend) for name, backend in gpu.OURS.items()} | {"Flex": flex_call}
+    makers |= {name: partial(sdpa_call, backend) for name, backend in SDPA.items()}
     found = {}
     for name in names:
         with gpu.without_what_fails(case, name), torch.inference_mode(name != "Flex"), torch.no_grad():
@@ -127,6 +122,4 @@ def calls(case, dtype, names):
 
 
 if __name__ == "__main__":
-    gpu.main(
-        __doc__, "gpu-options", list(rows()), calls, ["flash_ext"], peers=ALL_PEERS, peers_of=lambda dtype: ALL_PEERS
-    )
+    gpu.main(__doc__, "gpu-options", list(rows()), calls, [*gpu.OURS], peers_of=lambda case, dtype: ALL_PEERS)

@@ -1,6 +1,7 @@
 """What a call costs besides its arithmetic: microseconds on the host for a tiny input, and the time of the import.
 
-python bench/overhead.py
+python bench/overhead.py                # on the CPU
+python bench/overhead.py --device cuda  # on a GPU, beside what one launch costs
 """
 
 import contextlib
@@ -14,16 +15,16 @@ import torch
 
 from flash_ext.measure import interleaved, progress, table
 
-SHAPE = (1, 2, 4, 16)  # batch, heads, tokens, head_dim
-TARGETS = {"no grad": 10, "grad": 30}  # microseconds
+SHAPES = {"cpu": (1, 2, 4, 16), "cuda": (1, 8, 128, 64)}  # batch, heads, tokens, head_dim
+DTYPES = {"cpu": torch.float32, "cuda": torch.float16}
+TARGETS = {"cpu": {"no grad": 10, "grad": 30}}  # microseconds
 IMPORT_TARGET = 50  # milliseconds
 
 
-def modes(attention):
+def modes(attention, device):
     """The calls to time."""
-    q, k, v = (torch.randn(SHAPE) for _ in range(3))
+    q, k, v, grad = (torch.randn(SHAPES[device], device=device, dtype=DTYPES[device]) for _ in range(4))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    grad = torch.randn(SHAPE)
 
     def both():
         torch.autograd.grad(attention(*leaves), leaves, grad)
@@ -38,15 +39,18 @@ def modes(attention):
 
 def call_rows(options):
     case = common.CASES["1k"]  # any that needs no mask
-    peers = {name: modes(common.PEERS[name](case, "cpu")) for name in ("flash_ext", "SDPA")}
+    peers = {name: modes(common.PEERS[name](case, options.device), options.device) for name in ("flash_ext", "SDPA")}
     rows = []
+    if options.device == "cuda":
+        small = torch.zeros(8, device="cuda")
+        peers["a launch"] = dict.fromkeys(peers["SDPA"], small.zero_)
     with progress(len(peers["SDPA"]) * options.rounds, "measuring") as bar:
         for mode in peers["SDPA"]:
             calls = {name: functions[mode] for name, functions in peers.items()}
             with torch.no_grad() if mode == "no grad" else contextlib.nullcontext():
                 seconds = interleaved(calls, options.rounds, 0.02, pick=min, on_round=bar.update)
             microseconds = {name: value * 1e6 for name, value in seconds.items()}
-            rows.append({"call": mode, **microseconds, "target": TARGETS.get(mode)})
+            rows.append({"call": mode, **microseconds, "target": TARGETS.get(options.device, {}).get(mode)})
     return rows
 
 
@@ -60,6 +64,7 @@ def import_seconds(runs=7):
 
 def main():
     parser = common.arguments(__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=SHAPES, default="cpu")
     parser.add_argument(
         "--rounds", type=int, default=50, metavar="N", help="turns of each, of which the fastest counts"
     )
@@ -68,14 +73,17 @@ def main():
     facts = common.machine()
     common.announce(facts)
     rows = call_rows(options)
+    names = [name for name in rows[0] if name not in ("call", "target")]
     cells = [
-        (row["call"], f"{row['flash_ext']:.1f}", f"{row['SDPA']:.1f}", f"< {row['target']}" if row["target"] else "")
+        (row["call"], *(f"{row[name]:.1f}" for name in names), f"< {row['target']}" if row["target"] else "")
         for row in rows
     ]
-    print(table((f"microseconds a call, {'x'.join(map(str, SHAPE))}", "flash_ext", "SDPA", "target"), cells))
+    shape = "x".join(map(str, SHAPES[options.device]))
+    print(table((f"microseconds a call, {shape}", *names, "target"), cells))
     milliseconds = import_seconds() * 1e3
     print(f"\nimport flash_ext after torch: {milliseconds:.0f} ms (target < {IMPORT_TARGET})")
-    print(f"\n{common.save('overhead', facts, {'calls': rows, 'import_milliseconds': milliseconds})}")
+    name = "overhead" if options.device == "cpu" else "overhead-gpu"
+    print(f"\n{common.save(name, facts, {'calls': rows, 'import_milliseconds': milliseconds})}")
 
 
 if __name__ == "__main__":

@@ -155,14 +155,7 @@ def attn_varlen(
 def _kernels(tensors, attn_mask, alibi_slopes, deterministic, softcap, dropout_p, lengths, backend):
     """The op's argument `kernels`, or None where "math" runs the call."""
     query = tensors[0]
-    if (
-        backend is None
-        and backends.forced is None
-        and query.is_cpu
-        and alibi_slopes is None
-        and backends.native is not None
-        and query.dtype in backends.CPU_DTYPES
-    ):
+    if backend is None and alibi_slopes is None and backends.surely_native(query, tensors[2], attn_mask):
         return 0  # the common case, said shortly
     call = backends.Call(*tensors, attn_mask, alibi_slopes, deterministic, softcap, dropout_p, lengths)
     name = backends.select(call, backend)

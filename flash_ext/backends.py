@@ -148,6 +148,25 @@ def select(call, backend):
     return wanted
 
 
+def surely_native(query, value, attn_mask):
+    """Whether "cpu" or "gpu" runs calls on such tensors, whatever else they ask. False: `select` has to look."""
+    if forced is not None or native is None:
+        return False
+    if query.is_cpu:
+        return query.dtype in CPU_DTYPES
+    return (
+        query.is_cuda
+        and GPU_KERNELS
+        and query.dtype in GPU_DTYPES
+        and query.shape[-1] <= GPU_HEAD_DIM
+        and value.shape[-1] <= GPU_HEAD_DIM
+        and (attn_mask is None or not attn_mask.requires_grad)
+        and not torch.version.hip
+        and not torch.compiler.is_compiling()
+        and device_obstacle(query.get_device()) is None
+    )
+
+
 def obstacle(name, call):
     """Why this backend cannot run the call; None if it can."""
     query = call.query
@@ -204,15 +223,6 @@ def sm90_obstacle(call):
         return f"it has float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     if not torch.compiler.is_compiling() and torch.cuda.get_device_capability(call.query.device.index) != (9, 0):
         return "it needs a Hopper GPU (sm_90)"
-    options = {
-        "attn_mask": call.attn_mask is not None,
-        "softcap": call.softcap > 0,
-        "alibi_slopes": call.alibi_slopes is not None,
-        "dropout_p": call.dropout_p > 0,
-    }
-    for name, given in options.items():
-        if given:
-            return f"it has no {name}"
     if call.key.shape[2 if call.key.ndim == 4 else 0] == 0:
         return "there is no key"
     for name, x in (("q", call.query), ("k", call.key), ("v", call.value)):

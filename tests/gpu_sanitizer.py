@@ -1,14 +1,17 @@
-"""Runs every portable GPU kernel once (float16 has bfloat16's code), for NVIDIA's checker; the tests check the results.
+"""Runs every GPU kernel once (float16 has bfloat16's code), for NVIDIA's checker; the tests check the results.
 
 compute-sanitizer --tool memcheck python tests/gpu_sanitizer.py
 compute-sanitizer --tool racecheck python tests/gpu_sanitizer.py
+compute-sanitizer --tool synccheck python tests/gpu_sanitizer.py
 """
 
 import torch
 
 import flash_ext
+from flash_ext import backends
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+SM90_HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 
 
 def tensors(head_dim, dtype, seq_q, seq_kv, heads_kv=1):
@@ -21,7 +24,40 @@ def step(q, k, v, **options):
     torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
 
+def hopper():
+    for head_dim in SM90_HEAD_DIMS:
+        with torch.no_grad():
+            q, k, v = tensors(head_dim, torch.bfloat16, 400, 500)
+            flash_ext.attn(q, k, v, is_causal=True, sinks=torch.zeros(2, device="cuda"), backend="sm90")
+            flash_ext.attn(q, k, v, window=(100, 20), backend="sm90")
+            flash_ext.attn(*tensors(head_dim - 8, torch.bfloat16, 300, 70), backend="sm90")
+            options = dict(softcap=3.0, dropout_p=0.2, alibi_slopes=torch.ones(2, device="cuda"))
+            for seq_kv in (500, 431):  # whose mask can be read in pairs, and not
+                mask = torch.randn(400, seq_kv, device="cuda", dtype=torch.bfloat16)
+                flash_ext.attn(q, k[:, :, :seq_kv], v[:, :, :seq_kv], attn_mask=mask, **options, backend="sm90")
+            q, k, v = (torch.randn(700, 2, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+            starts = torch.tensor([0, 200, 203, 700], device="cuda", dtype=torch.int32)
+            flash_ext.attn_varlen(q, k, v, starts, starts, 497, 497, is_causal=True, backend="sm90")
+            q, k, v = tensors(head_dim, torch.bfloat16, 4000, 4000)
+            flash_ext.attn(q.repeat(1, 4, 1, 1), k, v, backend="sm90")  # tiles are taken from a counter
+    torch.cuda.synchronize()
+    print("sm90 done", flush=True)
+
+
+def masks():
+    """Those that are looked through first."""
+    q, k, v = tensors(64, torch.bfloat16, 4000, 4001)
+    causal = torch.ones(4000, 4001, dtype=torch.bool, device="cuda").tril()
+    with torch.no_grad():
+        for mask in (causal, causal[:, :4000].contiguous(), causal[3000:3001]):
+            keys = [x[:, :, : mask.shape[-1]] for x in (k, v)]
+            flash_ext.attn(q.repeat(1, 4, 1, 1), *keys, mask, backend="gpu")
+
+
 def main():
+    masks()
+    if torch.cuda.get_device_capability() == (9, 0) and "sm_90a" in backends.native.build_info()["archs"]:
+        hopper()
     for dtype in (torch.bfloat16, torch.float32):
         for head_dim in HEAD_DIMS:
             for deterministic in (False, True):

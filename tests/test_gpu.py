@@ -45,6 +45,24 @@ def test_gpu_is_chosen_and_explains():
     assert explanation.backend == "math" and "broadcast" in explanation.reasons["gpu"]
 
 
+@pytest.mark.parametrize("backend", ["gpu", None])
+@pytest.mark.parametrize("seq_kv", [2048, 1999])  # read 16 keys at a time, and one by one
+def test_blocks_that_a_bool_mask_hides_are_passed_over(seq_kv, backend):
+    """Beside the same mask as numbers, which nobody looks through beforehand."""
+    q, k, v = normal(4, 8, 2048, 64), normal(4, 2, seq_kv, 64), normal(4, 2, seq_kv, 64)
+    key, query = torch.arange(seq_kv, device="cuda"), torch.arange(2048, device="cuda")[:, None]
+    lengths = torch.tensor([seq_kv, 1000, 1, 0], device="cuda").view(4, 1, 1, 1)
+    bands = (key <= query) & (key > query - torch.tensor([100, 5000] * 4, device="cuda").view(1, 8, 1, 1))
+    bands[:, :, 200:700] = False  # tiles that see nothing
+    for mask in (key < lengths, key >= seq_kv - lengths, bands, (key <= query) & (key >= seq_kv - lengths)):
+        assert 4 * 4 * 8 * 2048 * seq_kv * 64 > 3e10  # else it is not worth it
+        out, lse = flash_ext.attn(q, k, v, mask, return_lse=True, backend=backend)
+        numbers = torch.zeros(mask.shape, device="cuda", dtype=torch.bfloat16).masked_fill_(~mask, -torch.inf)
+        other, other_lse = flash_ext.attn(q, k, v, numbers, return_lse=True, backend=backend)
+        torch.testing.assert_close(out, other, atol=1e-2, rtol=1e-2)
+        torch.testing.assert_close(lse, other_lse, atol=1e-4, rtol=1e-5)
+
+
 @dtypes
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("head_dim", [8, 32, 40, 64, 72, 80, 96, 128, 136, 192, 200, 256])

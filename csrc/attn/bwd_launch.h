@@ -10,9 +10,7 @@ void launch_bwd(const BwdArgs& args, const GpuFacts& gpu, void* stream) {
   using Config = BwdConfig<kVariant>;
   const auto kernel = attn_bwd_kernel<Config>;
   const int smem_bytes = Config::kTile.smem_bytes(kVariant, gpu.adds_async);
-  if (smem_bytes > 48 * 1024)
-    FX_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                       cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
+  if (smem_bytes > 48 * 1024) allow_shared_memory<attn_bwd_kernel<Config>>(smem_bytes);
   const int64_t blocks = args.groups * args.blocks_kv;
   FX_CHECK(blocks < int64_t{1} << 31, "k: too many rows for one call");
   kernel<<<static_cast<unsigned>(blocks), Config::kTile.warps() * gpu.warp_size, smem_bytes,

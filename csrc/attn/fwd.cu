@@ -68,6 +68,8 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   args.longest_last = p.window_right >= 0;
   args.heads_at_once = heads_in_cache(p, gpu, args.heads, group / pack);
 
+  if (pack == 1) args.seen = plan_seen_keys(p);
+
   // A window leaves fewer keys to divide.
   int64_t seen = p.seq_kv;
   if (p.window_left >= 0 && p.window_right >= 0)
@@ -82,12 +84,14 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
 }
 
 int64_t FwdPlan::scratch_floats() const {
-  return args.splits == 1 ? 0 : args.splits * args.partial_rows * (args.partial_cols + 1);
+  const int64_t partial = args.splits * args.partial_rows * (args.partial_cols + 1);
+  return 2 * args.seen.count() + (args.splits == 1 ? 0 : partial);
 }
 
 void FwdPlan::use_scratch(float* scratch) {
-  args.o_partial = scratch;
-  args.lse_partial = scratch + args.splits * args.partial_rows * args.partial_cols;
+  if (args.seen.count()) args.seen.ranges = reinterpret_cast<const SeenRange*>(scratch);
+  args.o_partial = scratch + 2 * args.seen.count();
+  args.lse_partial = args.o_partial + args.splits * args.partial_rows * args.partial_cols;
 }
 
 void launch_fwd(const FwdPlan& plan, const GpuFacts& gpu, void* stream) {
@@ -95,6 +99,7 @@ void launch_fwd(const FwdPlan& plan, const GpuFacts& gpu, void* stream) {
   const auto launch = with_constants(
       plan.variant.dtype, plan.variant.head_dim,
       [&](auto dtype, auto head_dim) { return find_fwd<dtype(), head_dim()>(plan.variant); });
+  if (plan.args.seen.ranges) launch_seen_keys(plan.args.params, plan.args.seen, stream);
   launch(plan.args, gpu, stream);
   if (plan.args.splits > 1) launch_combine(plan, gpu, stream);
 }

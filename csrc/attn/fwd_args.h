@@ -2,6 +2,7 @@
 #pragma once
 #include "divisor.h"
 #include "params.h"
+#include "seen_keys.h"
 
 namespace flash_ext {
 
@@ -16,6 +17,7 @@ struct FwdArgs {
   int64_t heads = 0;          // batch * heads_q / pack
   int heads_at_once = 1;      // whose K and V stay in the L2 cache together
   bool longest_last = false;  // the last rows see the most keys, and are started first
+  SeenKeys seen;              // of a bool mask; without ranges: not known
   // The keys of a tile are divided among `splits` thread blocks, whose results combine.cu merges.
   int splits = 1;
   float* o_partial = nullptr;    // [splits, rows, partial_cols], a row being its index in lse

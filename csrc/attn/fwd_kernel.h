@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   constexpr bool kStaged = Config::kTile.staged;
   static_assert(!kStaged || kStages == 1);
   const AttnParams& p = args.params;
-  const FwdTask task = fwd_task<Config::kBlockQ, kBlockKV>(args, blockIdx.x);
+  const FwdTask task = fwd_task<Config::kBlockQ, kBlockKV, Config::kGeneral>(args, blockIdx.x);
   if (task.row0 >= task.rows) return;  // this sequence is shorter than the longest
   const int warp_row = warp_id() * Config::kRowsPerWarp;
 
@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         if (block < task.whole_begin || block >= task.whole_end) apply_band(s, task, row0, kv0);
       softmax.step(s, o, scale);
       if constexpr (Config::kGeneral)
-        if (p.dropout_threshold) apply_dropout(s, p, task, row0, kv0);
+        if (p.dropout_threshold) Dropout<T>(p, task).apply(s, row0, kv0);
       mma_ab(o, s, v_smem(block));  // o += p v
       if constexpr (kStaged)
         if (more) keys.finish(k_smem(next));

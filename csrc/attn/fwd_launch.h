@@ -10,9 +10,7 @@ void launch_fwd(const FwdArgs& args, const GpuFacts& gpu, void* stream) {
   using Config = FwdConfig<kVariant>;
   constexpr int kSmemBytes = Config::kTile.smem_bytes(kVariant);
   const auto kernel = attn_fwd_kernel<Config>;
-  if constexpr (kSmemBytes > 48 * 1024)
-    FX_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                       cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes));
+  if constexpr (kSmemBytes > 48 * 1024) allow_shared_memory<attn_fwd_kernel<Config>>(kSmemBytes);
   const int64_t blocks = args.heads * args.blocks_q * args.splits;
   FX_CHECK(blocks < int64_t{1} << 31, "q: too many rows for one call");
   kernel<<<static_cast<unsigned>(blocks), Config::kTile.warps * gpu.warp_size, kSmemBytes,

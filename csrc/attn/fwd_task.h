@@ -11,12 +11,29 @@ struct KeyBlocks {
   int whole_begin = 0, whole_end = 0;  // those among them that every row sees all of
 };
 
-// Those for the rows from row0 to row_end, which exist.
-template <int kBlockKV>
-FX_DEVICE KeyBlocks key_blocks(const RowGroup& group, int row0, int row_end) {
+// From the first to the last key that a mask leaves to some of these queries.
+FX_DEVICE SeenRange seen_by(const SeenKeys& seen, const RowGroup& group, int first, int last) {
+  const SeenRange* ranges =
+      seen.ranges + group.batch * seen.batch_stride + group.head * seen.head_stride;
+  SeenRange all{INT32_MAX, 0};
+  for (int i = first / kSeenQueries; i <= last / kSeenQueries; ++i) {
+    const SeenRange range = ranges[std::min(i, seen.blocks - 1)];
+    all = {std::min(all.begin, range.begin), std::max(all.end, range.end)};
+  }
+  return all;
+}
+
+// Those for the rows from row0 to row_end, which exist. kMasked: seen may have ranges.
+template <int kBlockKV, bool kMasked>
+FX_DEVICE KeyBlocks key_blocks(const RowGroup& group, int row0, int row_end, const SeenKeys& seen) {
   const int first = group.query(row0), last = group.query(row_end - 1);
-  const int any_begin = std::max(first - group.left, 0);
-  const int any_end = std::min(last + group.right + 1, group.seq_kv);
+  int any_begin = std::max(first - group.left, 0);
+  int any_end = std::min(last + group.right + 1, group.seq_kv);
+  if constexpr (kMasked)
+    if (seen.ranges) {
+      const SeenRange range = seen_by(seen, group, first, last);
+      any_begin = std::max(any_begin, range.begin), any_end = std::min(any_end, range.end);
+    }
   if (any_begin >= any_end) return {};
   const int every_begin = std::max(last - group.left, 0);
   const int every_end = std::clamp(first + group.right + 1, 0, group.seq_kv);
@@ -31,7 +48,7 @@ struct FwdTask : RowGroup, KeyBlocks {
 
 // The number-th of args.heads * args.blocks_q * args.splits. Among the tiles that run together, those
 // with the most work come first.
-template <int kBlockQ, int kBlockKV>
+template <int kBlockQ, int kBlockKV, bool kMasked>
 FX_DEVICE FwdTask fwd_task(const FwdArgs& args, unsigned number) {
   const unsigned index = number / args.splits, split = number % args.splits;
   const auto [block, group] = block_of_group(index, args.blocks_q, args.heads, args.heads_at_once);
@@ -39,7 +56,8 @@ FX_DEVICE FwdTask fwd_task(const FwdArgs& args, unsigned number) {
   FwdTask t{row_group(args.params, group, args.pack), {}, row0, static_cast<int>(split)};
   if (row0 >= t.rows) return t;
 
-  const KeyBlocks all = key_blocks<kBlockKV>(t, row0, std::min(row0 + kBlockQ, t.rows));
+  const KeyBlocks all =
+      key_blocks<kBlockKV, kMasked>(t, row0, std::min(row0 + kBlockQ, t.rows), args.seen);
   const int share = (all.block_end - all.block_begin + args.splits - 1) / args.splits;
   static_cast<KeyBlocks&>(t) = all;
   t.block_begin += static_cast<int>(split) * share;

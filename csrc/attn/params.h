@@ -12,6 +12,7 @@ enum class DType : int32_t { f16, bf16, f32, f64, b8 };  // b8: a bool mask
 struct TensorView {
   void* data = nullptr;
   int64_t batch_stride = 0, head_stride = 0, seq_stride = 0;
+  bool operator==(const TensorView&) const = default;
 };
 
 // A [batch, heads_q, seq_q, seq_kv] tensor read through strides; 0 where it is broadcast.

@@ -7,6 +7,7 @@
 #include "../checks.h"
 #include "gpu_facts.h"
 #include "load_tile.h"
+#include "seen_keys.h"
 
 namespace flash_ext {
 
@@ -46,6 +47,11 @@ inline int heads_in_cache(const AttnParams& p, const GpuFacts& gpu, int64_t head
   return static_cast<int>(std::clamp<int64_t>(gpu.l2_bytes / 2 / kv_bytes * sharing, sharing,
                                               std::max<int64_t>(heads, 1)));
 }
+
+// Which ranges of keys are worth finding; count() is 0 where none are.
+SeenKeys plan_seen_keys(const AttnParams& params);
+// Finds them, into seen.ranges.
+void launch_seen_keys(const AttnParams& params, const SeenKeys& seen, void* stream);
 
 // Rows that cannot be read or written 16 bytes at a time, and options that change scores.
 inline bool needs_general(const AttnParams& p, std::initializer_list<TensorView> tensors) {

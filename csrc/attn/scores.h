@@ -73,14 +73,19 @@ struct MaskBlock {
   }
 
   FX_DEVICE void add_to(Scores& s, int kv0) const {
-    const auto add = [](float& x, float y) { x = y == -INFINITY ? y : x + y; };  // also to NaN
+    // What is hidden is so whatever it was, NaN too.
+    const auto add = [](float& x, auto element) {
+      const float y = mask_value(element);
+      if constexpr (std::is_same_v<decltype(element), uint8_t>) x = element ? x : y;
+      else x = y == -INFINITY ? y : x + y;
+    };
     with_elements(p.mask, [&](const auto* elements) {
       using E = std::remove_cvref_t<decltype(*elements)>;
       if constexpr (kPairs && sizeof(E) <= 2) {
         if (in_pairs) {
           Scores::for_each_pair([&](int j, int, int, int) {
             const E* two = reinterpret_cast<const E*>(&pair[j]);
-            for (int i = 0; i < 2; ++i) add(s.pair(j)[i], mask_value(two[i]));
+            for (int i = 0; i < 2; ++i) add(s.pair(j)[i], two[i]);
           });
           return;
         }
@@ -88,7 +93,7 @@ struct MaskBlock {
       const int last = static_cast<int>(p.seq_kv) - 1 - kv0;
       s.for_each([&](float& x, int m, int slot, int col) {
         const int64_t key = kv0 + std::min(col, last);
-        add(x, mask_value(elements[row.v[m][slot] + key * p.mask.kv_stride]));
+        add(x, elements[row.v[m][slot] + key * p.mask.kv_stride]);
       });
     });
   }
@@ -135,21 +140,58 @@ FX_DEVICE uint32_t dropout_number(const Philox4& bits, uint32_t key) {
 }
 
 // Sets the weights that dropout drops to zero.
-template <typename T, int kRows, int kCols>
-FX_DEVICE void apply_dropout(AccTile<T, kRows, kCols>& s, const AttnParams& p, const FwdTask& task,
-                             int row0, int kv0) {
-  const uint64_t seed = p.rng_state[0], offset = p.rng_state[1];
-  Philox4 bits{};
-  int last_group = -1, last_row = -1;
-  s.for_each([&](float& x, int m, int slot, int col) {
-    const int row = row0 + s.row(m, slot), key = kv0 + col;
-    if (key / 8 != last_group || row != last_row) {
-      last_group = key / 8, last_row = row;
-      const uint32_t batch_head = static_cast<uint32_t>(task.batch * p.heads_q + task.head_of(row));
-      bits = dropout_bits(seed, offset, batch_head, task.query(row), last_group);
+template <typename T>
+class Dropout {
+  using Atom = MmaAtom<T>;
+
+ public:
+  FX_DEVICE Dropout(const AttnParams& p, const FwdTask& task)
+      : p(p), task(task), seed(p.rng_state[0]), offset(p.rng_state[1]) {}
+
+  // Of the atom that starts at this row and key.
+  FX_DEVICE void apply(typename Atom::Acc& weights, int row0, int key0) const {
+    if constexpr (Atom::kColsInPairs) {
+      // Four lanes share two rows of two groups of eight keys: each makes the numbers of one of the
+      // four, and hands them on.
+      const int lane = lane_id() % 4;
+      Philox4 bits = numbers(row0 + Atom::row(lane % 2), key0 / 8 + lane / 2);
+      Atom::transpose_lanes(bits.word);
+#pragma unroll
+      for (int i = 0; i < Atom::kAccRegs; ++i)
+        if (((bits.word[i / 2] >> 16 * (i % 2)) & 0xffffu) < p.dropout_threshold)
+          weights.reg[i] = 0.f;
+    } else {
+      Philox4 bits{};
+      int last_group = -1, last_row = -1;
+#pragma unroll
+      for (int i = 0; i < Atom::kAccRegs; ++i) {
+        const int row = row0 + Atom::row(Atom::row_slot(i)), key = key0 + Atom::col(i);
+        if (key / 8 != last_group || row != last_row) {
+          last_group = key / 8, last_row = row;
+          bits = numbers(row, last_group);
+        }
+        if (dropout_number(bits, key) < p.dropout_threshold) weights.reg[i] = 0.f;
+      }
     }
-    if (dropout_number(bits, key) < p.dropout_threshold) x = 0.f;
-  });
-}
+  }
+  template <int kRows, int kCols>
+  FX_DEVICE void apply(AccTile<T, kRows, kCols>& weights, int row0, int key0) const {
+#pragma unroll
+    for (int m = 0; m < kRows / kAtom; ++m)
+#pragma unroll
+      for (int n = 0; n < kCols / kAtom; ++n)
+        apply(weights.atom[m][n], row0 + m * kAtom, key0 + n * kAtom);
+  }
+
+ private:
+  const AttnParams& p;
+  const FwdTask& task;
+  uint64_t seed, offset;
+
+  FX_DEVICE Philox4 numbers(int row, int group) const {
+    const uint32_t batch_head = static_cast<uint32_t>(task.batch * p.heads_q + task.head_of(row));
+    return dropout_bits(seed, offset, batch_head, task.query(row), group);
+  }
+};
 
 }  // namespace flash_ext

@@ -46,10 +46,6 @@ std::optional<std::string> obstacle(const AttnParams& p, const GpuFacts& gpu) {
   if (!gpu.hopper) return "it needs a Hopper GPU (sm_90)";
   if (!built_for_hopper()) return "the extension was built without sm_90a";
   if (p.dtype != DType::f16 && p.dtype != DType::bf16) return "it has float16 and bfloat16";
-  if (p.mask.data) return "it has no attn_mask";
-  if (p.softcap > 0) return "it has no softcap";
-  if (p.alibi_slopes) return "it has no alibi_slopes";
-  if (p.dropout_threshold) return "it has no dropout_p";
   if (p.head_dim % 8 || p.head_dim_v % 8) return "it has head_dim in multiples of 8";
   if (p.head_dim == 0 || p.head_dim_v == 0) return "there is no column";
   if (p.rows_kv == 0) return "there is no key";
@@ -74,14 +70,19 @@ bool worthwhile(const AttnParams& p) {
 
 FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   const int head_dim = compiled_head_dim(p, kFwdHeadDims);
-  FwdPlan plan{head_dim, {p}};
+  FwdOptions options = FwdOptions::none;
+  if (p.mask.data || p.softcap > 0 || p.alibi_slopes) options = FwdOptions::scores;
+  if (p.dropout_threshold) options = FwdOptions::dropout;
+  FwdPlan plan{head_dim, options, {p}};
   flash_ext::FwdArgs& args = plan.args;
-  args.blocks_q = static_cast<int>(ceil_div(p.seq_q, fwd_tile(head_dim).block_q()));
+  args.blocks_q = static_cast<int>(ceil_div(p.seq_q, fwd_tile(head_dim, options).block_q()));
   args.heads = p.batch * p.heads_q;
   args.longest_last = p.window_right >= 0;
 
   args.heads_at_once =
       heads_in_cache(p, gpu, args.heads, p.heads_q / std::max<int64_t>(p.heads_kv, 1));
+
+  args.seen = plan_seen_keys(p);
 
   // To zero the counter takes as long as some tiles do.
   constexpr double kLongFlops = 3e10;  // 50 microseconds
@@ -99,6 +100,7 @@ void launch_fwd(const FwdPlan& plan, void* stream) {
   const auto launcher = plan.args.params.dtype == DType::f16
                             ? launcher_of_dtype<DType::f16>(plan.head_dim)
                             : launcher_of_dtype<DType::bf16>(plan.head_dim);
+  if (plan.args.seen.ranges) launch_seen_keys(plan.args.params, plan.args.seen, stream);
   launcher(plan, stream);
 }
 

@@ -11,13 +11,17 @@ namespace flash_ext::sm90 {
 
 struct FwdPlan {
   int head_dim;  // of kFwdHeadDims
+  FwdOptions options;
   flash_ext::FwdArgs args;
   int64_t thread_blocks = 0;
   bool counts = false;  // thread blocks take the next tile when they are done with one
   unsigned* taken = nullptr;
 
-  int64_t scratch_floats() const { return counts; }
-  void use_scratch(float* scratch) { taken = reinterpret_cast<unsigned*>(scratch); }
+  int64_t scratch_floats() const { return 2 * args.seen.count() + counts; }
+  void use_scratch(float* scratch) {
+    if (args.seen.count()) args.seen.ranges = reinterpret_cast<const SeenRange*>(scratch);
+    if (counts) taken = reinterpret_cast<unsigned*>(scratch + 2 * args.seen.count());
+  }
 };
 
 using FwdLauncher = void (*)(const FwdPlan&, void* stream);

@@ -3,6 +3,7 @@
 // block's scores into weights, the tensor cores multiply for another one.
 #pragma once
 #include "../attn/element.h"
+#include "../attn/scores.h"
 #include "band.h"
 #include "fwd_args.h"
 #include "fwd_variants.h"
@@ -13,9 +14,12 @@
 
 namespace flash_ext::sm90 {
 
-template <DType kDType, int kDim, FwdTile kSize = fwd_tile(kDim)>
+template <DType kDType, int kDim, FwdOptions kWith = FwdOptions::none,
+          FwdTile kSize = fwd_tile(kDim, kWith)>
 struct FwdConfig {
   using T = Element<kDType>;
+  static constexpr bool kGeneral = kWith != FwdOptions::none;
+  static constexpr bool kDropout = kWith == FwdOptions::dropout;
   static constexpr FwdTile kTile = kSize;
   static constexpr int kHeadDim = kDim, kStages = kTile.stages, kQStages = kTile.q_stages;
   static constexpr int kWarpgroups = kTile.warpgroups, kThreads = (kWarpgroups + 1) * kWarpgroup;
@@ -26,9 +30,11 @@ struct FwdConfig {
   using Scores = AccTile<T, 16, kBlockKV>;
   using Weights = OperandTile<T, 16, kBlockKV>;
   using Output = AccTile<T, 16, kHeadDim>;
+  using Mask = std::conditional_t<kGeneral, MaskBlock<T, 16, kBlockKV>, NoMask>;
 };
 
-inline constexpr int kTasks = 3;  // tiles that the loading warp has named and somebody still computes
+inline constexpr int kTasks =
+    3;  // tiles that the loading warp has named and somebody still computes
 
 template <typename Config>
 struct Shared {
@@ -79,7 +85,8 @@ class TakeTiles {
   FX_DEVICE FwdTask next() {
     const unsigned tiles = static_cast<unsigned>(args.heads * args.blocks_q);
     for (unsigned number; (number = next_number()) < tiles;) {
-      FwdTask task = fwd_task<Config::kBlockQ, Config::kBlockKV>(args, tiles - 1 - number);
+      FwdTask task =
+          fwd_task<Config::kBlockQ, Config::kBlockKV, Config::kGeneral>(args, tiles - 1 - number);
       task.block_end = std::max(task.block_end, task.block_begin + 1);
       if (task.row0 < task.rows) return task;
     }
@@ -166,6 +173,7 @@ FX_DEVICE void normalise(typename Config::Output& o, Softmax<typename Config::T>
     blind |= all.sum == 0.f;
     if (p.sinks) all.add_sink(static_cast<const float*>(p.sinks)[task.head] * kLog2e);
     x = all.reciprocal();
+    if constexpr (Config::kDropout) x *= 65536.f / (65536.f - p.dropout_threshold);
     if (row < task.rows && o.speaks_for_row())
       lse[row] = all.sum == 0.f ? -INFINITY : (all.top + log2f(all.sum)) * kLn2;
   });
@@ -224,7 +232,7 @@ class Compute {
         warp_row(uniform(static_cast<int>(warp_id()) % 4) * 16),
         // To scores to base 2. Where everything is masked, -inf * scale must not be NaN: a scale of
         // 0 is nearly 0.
-        scale(fmaxf(static_cast<float>(p.scale) * kLog2e, 1e-37f)) {}
+        scale(Config::kGeneral ? kLog2e : fmaxf(static_cast<float>(p.scale) * kLog2e, 1e-37f)) {}
 
   // The products that end a tile are started together with the first ones of the next tile.
   FX_DEVICE void all_tiles() {
@@ -240,13 +248,8 @@ class Compute {
     pass_turn();
     for (;;) {
       const FwdTask& task = shared.places().tasks[task_at.stage];
-      wgmma_wait<0>();
-      if (task.rows == 0) return;
-      scores_arrived(s);
-      pass_values(own.block_begin - task.block_begin);
+      if (task.rows == 0) return wgmma_wait<0>();
       const int row0 = task.row0 + 64 * id + warp_row;
-      o.clear();
-      softmax = {};
       all_blocks(task, own, row0, s, weights, o, softmax);
 
       shared.q_place(q_at.stage, id).release();
@@ -327,22 +330,23 @@ class Compute {
     }
   }
 
-  // The tile's blocks that this warpgroup computes: those that its rows see, and as many beside them
-  // as the ring asks for: the next tile's first keys must come before this one's last values are
-  // given back.
+  // The tile's blocks that this warpgroup computes: those that its rows see. The next tile's first keys
+  // must come before this one's last values are given back, so it leaves out no more blocks than that
+  // the ring holds both.
   FX_DEVICE KeyBlocks own_blocks(const FwdTask& task) const {
     const int row0 = task.row0 + 64 * id;
     KeyBlocks own;
     if (row0 < task.rows)
-      own = key_blocks<kBlockKV>(task, row0, std::min(row0 + 64, task.rows));
-    own.block_begin = std::clamp(own.block_begin, task.block_begin, task.block_begin + 1);
-    own.block_begin = std::min(own.block_begin, task.block_end - 1);
-    own.block_end = std::clamp(own.block_end, std::max(own.block_begin + 1, task.block_end - Config::kStages + 1),
-                               task.block_end);
+      own = key_blocks<kBlockKV, Config::kGeneral>(task, row0, std::min(row0 + 64, task.rows),
+                                                   args.seen);
+    const int begin = std::min(task.block_begin + 1, task.block_end - 1);
+    own.block_begin = std::clamp(own.block_begin, task.block_begin, begin);
+    const int end = std::max(task.block_end - (Config::kStages - 1), own.block_begin + 1);
+    own.block_end = std::clamp(own.block_end, end, task.block_end);
     return own;
   }
 
-  // Waits for a tile's name, its rows and this warpgroup's first keys, if there is such a tile.
+  // Waits for a tile's name, its rows and this warpgroup's first keys. There may be none.
   FX_DEVICE KeyBlocks wait_for_first_keys(RingPosition<kTasks> task_at) {
     shared.places().task[task_at.stage].wait_full(task_at.parity);
     const FwdTask& task = shared.places().tasks[task_at.stage];
@@ -354,14 +358,42 @@ class Compute {
     return own;
   }
 
-  // From the first block's scores to the last one's weights, and the output of those before it.
+  // s, of a block of keys, becomes weights. kWhole: every row sees all of these keys.
+  template <bool kFirst, bool kWhole>
+  FX_DEVICE void weigh(typename Config::Scores& s, typename Config::Weights& weights,
+                       typename Config::Output& o, Softmax<T>& softmax,
+                       const typename Config::Mask& mask, const FwdTask& task, const KeyBlocks& own,
+                       int row0, int block) {
+    const int kv0 = block * kBlockKV;
+    if constexpr (Config::kGeneral) {
+      apply_options(s, p, task, row0, kv0);
+      if (p.mask.data) mask.add_to(s, kv0);
+    }
+    if constexpr (!kWhole)
+      if (block < own.whole_begin || block >= own.whole_end) hide_unseen(s, task, row0, kv0);
+    softmax.template step<kFirst>(s, weights, o, scale, [&](auto& atom, int n) {
+      if constexpr (Config::kDropout) Dropout<T>(p, task).apply(atom, row0, kv0 + n * kAtom);
+    });
+  }
+
+  // From the first block's scores, which are under way, to the last one's weights, and the output of
+  // those before it.
   FX_DEVICE void all_blocks(const FwdTask& task, const KeyBlocks& own, int row0,
                             typename Config::Scores& s, typename Config::Weights& weights,
                             typename Config::Output& o, Softmax<T>& softmax) {
+    typename Config::Mask mask(p, task, row0);
+    const auto fetch_mask = [&](int block) {
+      if constexpr (Config::kGeneral)
+        if (p.mask.data) mask.fetch(block * kBlockKV);
+    };
     int block = own.block_begin;
-    if (block < own.whole_begin || block >= own.whole_end)
-      hide_unseen(s, task, row0, block * kBlockKV);
-    softmax.template step<true>(s, weights, o, scale);
+    fetch_mask(block);
+    o.clear();
+    softmax = {};
+    wgmma_wait<0>();
+    scores_arrived(s);
+    pass_values(block - task.block_begin);
+    weigh<true, false>(s, weights, o, softmax, mask, task, own, row0, block);
 
     // The output of each block is computed together with the scores of the next one. whole: every
     // row sees all of these blocks.
@@ -374,16 +406,18 @@ class Compute {
         start_output(o, weights);
         start_scores(s);
         pass_turn();
+        fetch_mask(block);
         wgmma_wait<0>();
         output_arrived(o);
         scores_arrived(s);
-        if constexpr (!decltype(whole)::value) hide_unseen(s, task, row0, block * kBlockKV);
-        softmax.template step<false>(s, weights, o, scale);
+        weigh<false, decltype(whole)::value>(s, weights, o, softmax, mask, task, own, row0, block);
       }
       --block;
     };
-    blocks_to(std::min(own.whole_begin, own.block_end), std::false_type{});
-    blocks_to(std::min(own.whole_end, own.block_end), std::true_type{});
+    if constexpr (!Config::kGeneral) {  // whose tests are few beside the rest
+      blocks_to(std::min(own.whole_begin, own.block_end), std::false_type{});
+      blocks_to(std::min(own.whole_end, own.block_end), std::true_type{});
+    }
     blocks_to(own.block_end, std::false_type{});
 
     shared.places().v[v_at.stage].wait_full(v_at.parity);

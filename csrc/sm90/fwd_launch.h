@@ -11,8 +11,7 @@ void launch_config(const FwdPlan& plan, void* stream) {
   constexpr int kSmemBytes = Shared<Config>::kBytes;
   static_assert(kSmemBytes <= 227 * 1024);
   const auto kernel = fwd_kernel<Config>;
-  FX_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                     cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes));
+  allow_shared_memory<fwd_kernel<Config>>(kSmemBytes);
   const AttnParams& p = plan.args.params;
   const int64_t batch = p.cu_seqlens_q ? 1 : p.batch;
   FwdArgs args{plan.args, plan.taken};
@@ -28,7 +27,12 @@ void launch_config(const FwdPlan& plan, void* stream) {
 
 template <DType kDType, int kHeadDim>
 void launch(const FwdPlan& plan, void* stream) {
-  launch_config<FwdConfig<kDType, kHeadDim>>(plan, stream);
+  using enum FwdOptions;
+  switch (plan.options) {
+    case none: return launch_config<FwdConfig<kDType, kHeadDim>>(plan, stream);
+    case scores: return launch_config<FwdConfig<kDType, kHeadDim, scores>>(plan, stream);
+    case dropout: return launch_config<FwdConfig<kDType, kHeadDim, dropout>>(plan, stream);
+  }
 }
 
 }  // namespace flash_ext::sm90

@@ -7,6 +7,13 @@ namespace flash_ext::sm90 {
 // Products have these widths; others are filled up with zeros on the way to shared memory.
 inline constexpr int kFwdHeadDims[] = {64, 80, 96, 128, 192, 256};
 
+// What a kernel can do beyond band masks and sinks, where it is asked to.
+enum class FwdOptions {
+  none,
+  scores,   // softcap, ALiBi, mask tensors
+  dropout,  // and dropout
+};
+
 struct FwdTile {
   int warpgroups;  // that compute, of 64 rows each; one more feeds them
   int block_kv;    // keys of a block
@@ -25,17 +32,19 @@ struct FwdTile {
 };
 
 // A warpgroup's registers hold scores and output in float32 and the weights in 16 bits: per row
-// block_kv + head_dim + block_kv / 2 of its 4 * registers.
-constexpr FwdTile fwd_tile(int head_dim) {
+// block_kv + head_dim + block_kv / 2 of its 4 * registers. With options come the elements of a mask
+// tensor, another block_kv / 2.
+constexpr FwdTile fwd_tile(int head_dim, FwdOptions options) {
+  const bool plain = options == FwdOptions::none;
   switch (head_dim) {
     // The weights take as long as the products: while one warpgroup multiplies, two compute weights.
-    case 64: return {3, 128, 3, 2};
-    case 80: return {3, 112, 2, 1};
-    case 96: return {3, 96, 2, 1};
+    case 64: return plain ? FwdTile{3, 128, 3, 2} : FwdTile{3, 96, 3, 2};
+    case 80: return plain ? FwdTile{3, 112, 2, 1} : FwdTile{2, 128, 2, 1};
+    case 96: return plain ? FwdTile{3, 96, 2, 1} : FwdTile{2, 128, 2, 1};
     case 128: return {2, 128, 2, 2};
     // Shared memory ends here.
-    case 192: return {2, 96, 2, 1};
-    default: return {2, 80, 2, 1};
+    case 192: return plain ? FwdTile{2, 96, 2, 1} : FwdTile{2, 80, 2, 1};
+    default: return plain ? FwdTile{2, 80, 2, 1} : FwdTile{2, 64, 2, 1};
   }
 }
 

@@ -16,21 +16,21 @@ class Softmax {
   FX_DEVICE Softmax() { reference.fill(-3.402823466e38f), sum.fill(0.f); }
 
   // Turns s * scale, scores to base 2, into weights, and rescales what o has gathered so far. kFirst:
-  // there is no reference yet.
-  template <bool kFirst, int kCols, int kHeadDim>
+  // there is no reference yet. drop(atom, its number) sets weights to zero that are summed all the same.
+  template <bool kFirst, int kCols, int kHeadDim, typename Drop>
   FX_DEVICE void step(AccTile<T, 16, kCols>& s, OperandTile<T, 16, kCols>& weights,
-                      AccTile<T, 16, kHeadDim>& o, float scale) {
+                      AccTile<T, 16, kHeadDim>& o, float scale, Drop drop) {
     constexpr float kMost = 1024.f;  // of a lane's part of a block; each is below float16's largest
     RowVec<T, 16> part;
     bool low = kFirst;
     if constexpr (!kFirst) {
-      part = weigh(s, weights, scale);
+      part = weigh(s, weights, scale, drop);
       part.for_each([&](float& x, int, int) { low |= !(x <= kMost); });  // also where x is NaN
     }
     if (kFirst || any_lane(low)) {
       const RowVec<T, 16> decay = renew(s, scale);
       if constexpr (!kFirst) multiply(o, decay);
-      part = weigh(s, weights, scale);
+      part = weigh(s, weights, scale, drop);
     }
     sum.for_each([&](float& x, int m, int r) { x += part.v[m][r]; });
   }
@@ -58,9 +58,9 @@ class Softmax {
   }
 
   // Returns the sums of this lane's weights.
-  template <int kCols>
+  template <int kCols, typename Drop>
   FX_DEVICE RowVec<T, 16> weigh(const AccTile<T, 16, kCols>& s, OperandTile<T, 16, kCols>& weights,
-                                float scale) const {
+                                float scale, Drop drop) const {
     RowVec<T, 16> part[2];  // two chains of additions, which do not wait for each other
     part[0].fill(0.f), part[1].fill(0.f);
 #pragma unroll
@@ -72,6 +72,7 @@ class Softmax {
         w.reg[i] = fast_exp2(fmaf(s.atom[0][n].reg[i], scale, -reference.v[0][r]));
         part[i % 2].v[0][r] += w.reg[i];
       }
+      drop(w, n);
       weights.atom[0][n] = MmaAtom<T>::to_operand(w);
     }
     part[0].for_each([&](float& x, int m, int r) { x += part[1].v[m][r]; });

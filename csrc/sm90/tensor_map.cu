@@ -1,5 +1,7 @@
 #include "../vendor.h"
 
+#include <array>
+
 #include "../gpu_check.h"
 #include "tensor_map.h"
 
@@ -21,9 +23,7 @@ auto encoder() {
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
 }
 
-}  // namespace
-
-CUtensorMap tensor_map(const TensorView& tensor, Extent extent, int box_rows) {
+CUtensorMap encoded(const TensorView& tensor, Extent extent, int box_rows) {
   static const auto encode = encoder();
   const auto bytes = [](int64_t count, int64_t stride) -> cuuint64_t {
     return count > 1 ? 2 * stride : 16;  // that of a single one may be anything
@@ -42,6 +42,25 @@ CUtensorMap tensor_map(const TensorView& tensor, Extent extent, int box_rows) {
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   FX_CHECK(status == CUDA_SUCCESS, "flash_ext on the GPU: cuTensorMapEncodeTiled: error ", status);
   return map;
+}
+
+}  // namespace
+
+// Calls come again with tensors at the same places, above all in inference: the latest maps are kept.
+CUtensorMap tensor_map(const TensorView& tensor, Extent extent, int box_rows) {
+  struct Kept {
+    TensorView tensor;
+    Extent extent{};
+    int box_rows = 0;
+    CUtensorMap map;
+  };
+  constexpr size_t kKept = 64;
+  thread_local std::array<Kept, kKept> kept;
+  const size_t address = reinterpret_cast<size_t>(tensor.data);
+  Kept& place = kept[(address / 512 ^ address / 512 / kKept ^ box_rows) % kKept];
+  if (place.tensor != tensor || place.extent != extent || place.box_rows != box_rows)
+    place = {tensor, extent, box_rows, encoded(tensor, extent, box_rows)};
+  return place.map;
 }
 
 }  // namespace flash_ext::sm90

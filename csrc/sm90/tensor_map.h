@@ -10,6 +10,7 @@ namespace flash_ext::sm90 {
 // box_rows rows.
 struct Extent {
   int64_t batch, heads, rows, cols;
+  bool operator==(const Extent&) const = default;
 };
 CUtensorMap tensor_map(const TensorView& tensor, Extent extent, int box_rows);
 

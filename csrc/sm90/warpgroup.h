@@ -7,7 +7,10 @@ namespace flash_ext::sm90 {
 inline constexpr int kWarpgroup = 128;
 
 // The same in all lanes, and known by the compiler to be.
-FX_DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+template <typename X>
+FX_DEVICE X uniform(X x) {
+  return __shfl_sync(0xffffffffu, x, 0);
+}
 FX_DEVICE int warpgroup_id() { return uniform(static_cast<int>(threadIdx.x) / kWarpgroup); }
 
 // Registers of each thread from here on. All warps of a warpgroup must ask.

@@ -30,7 +30,8 @@ FX_DEVICE unsigned lane_id() { return threadIdx.x % kWarpSize; }
 FX_DEVICE unsigned warp_id() { return threadIdx.x / kWarpSize; }
 
 // Value held by the lane whose id differs from ours in the bits of `mask`.
-FX_DEVICE float shuffle_xor(float x, int mask) {
+template <typename X>
+FX_DEVICE X shuffle_xor(X x, int mask) {
 #if FX_AMD
   return __shfl_xor(x, mask, kWarpSize);
 #else

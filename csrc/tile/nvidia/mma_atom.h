@@ -35,6 +35,17 @@ struct MmaAtom {
     return op(x, shuffle_xor(x, 2));
   }
 
+  // Of these four lanes, each holding four numbers: lane i gets the i-th of lane 0, 1, 2 and 3.
+  FX_DEVICE static void transpose_lanes(uint32_t (&x)[4]) {
+    const auto swap_with = [](int other, bool upper, uint32_t& low, uint32_t& high) {
+      const uint32_t got = shuffle_xor(upper ? low : high, other);
+      (upper ? low : high) = got;
+    };
+    const bool odd = lane_id() & 1, second = lane_id() & 2;
+    swap_with(1, odd, x[0], x[1]), swap_with(1, odd, x[2], x[3]);
+    swap_with(2, second, x[0], x[2]), swap_with(2, second, x[1], x[3]);
+  }
+
   FX_DEVICE static void mma(Acc& c, const A& a, const B& b) {
     ptx::mma_m16n8k16<T>(c.reg + 0, a.reg, b.reg + 0);
     ptx::mma_m16n8k16<T>(c.reg + 4, a.reg, b.reg + 2);
