@@ -242,7 +242,7 @@ class Compute {
     typename Config::Output o;
     Softmax<T> softmax;
     RingPosition<kTasks> task_at;
-    KeyBlocks own = wait_for_first_keys(task_at);
+    KeyBlocks own = wait_for_first_keys(task_at, 0);
     take_turn();
     start_scores(s);
     pass_turn();
@@ -258,7 +258,7 @@ class Compute {
       pass_keys(behind);
       RingPosition<kTasks> next_at = task_at;
       next_at.advance();
-      own = wait_for_first_keys(next_at);
+      own = wait_for_first_keys(next_at, behind);
       take_turn();
       start_output(o, weights);
       start_scores(s);
@@ -330,28 +330,31 @@ class Compute {
     }
   }
 
-  // The tile's blocks that this warpgroup computes: those that its rows see. The next tile's first keys
-  // must come before this one's last values are given back, so it leaves out no more blocks than that
-  // the ring holds both.
-  FX_DEVICE KeyBlocks own_blocks(const FwdTask& task) const {
+  // The tile's blocks that this warpgroup computes: those that its rows see. It gives the last values
+  // of a tile back after its turn with the first keys of the next one, for which others need the
+  // values of all blocks that it leaves out in between. So these must fit the ring: `behind` blocks at
+  // the end of the tile before, and these at the beginning and at the end.
+  FX_DEVICE KeyBlocks own_blocks(const FwdTask& task, int behind) const {
+    constexpr int kMost = Config::kStages - 1;
     const int row0 = task.row0 + 64 * id;
     KeyBlocks own;
     if (row0 < task.rows)
       own = key_blocks<kBlockKV, Config::kGeneral>(task, row0, std::min(row0 + 64, task.rows),
                                                    args.seen);
-    const int begin = std::min(task.block_begin + 1, task.block_end - 1);
+    const int begin = std::min(task.block_begin + kMost - behind, task.block_end - 1);
     own.block_begin = std::clamp(own.block_begin, task.block_begin, begin);
-    const int end = std::max(task.block_end - (Config::kStages - 1), own.block_begin + 1);
+    const int end = std::max(task.block_end - kMost, own.block_begin + 1);
     own.block_end = std::clamp(own.block_end, end, task.block_end);
     return own;
   }
 
-  // Waits for a tile's name, its rows and this warpgroup's first keys. There may be none.
-  FX_DEVICE KeyBlocks wait_for_first_keys(RingPosition<kTasks> task_at) {
+  // Waits for a tile's name, its rows and this warpgroup's first keys. There may be none. behind: see
+  // own_blocks.
+  FX_DEVICE KeyBlocks wait_for_first_keys(RingPosition<kTasks> task_at, int behind) {
     shared.places().task[task_at.stage].wait_full(task_at.parity);
     const FwdTask& task = shared.places().tasks[task_at.stage];
     if (task.rows == 0) return {};
-    const KeyBlocks own = own_blocks(task);
+    const KeyBlocks own = own_blocks(task, behind);
     pass_keys(own.block_begin - task.block_begin);
     shared.q_place(q_at.stage, id).wait_full(q_at.parity);
     shared.places().k[k_at.stage].wait_full(k_at.parity);
