@@ -33,8 +33,7 @@ struct FwdConfig {
   using Mask = std::conditional_t<kGeneral, MaskBlock<T, 16, kBlockKV>, NoMask>;
 };
 
-inline constexpr int kTasks =
-    3;  // tiles that the loading warp has named and somebody still computes
+inline constexpr int kTasks = 2;  // the tile that is computed and the next one
 
 template <typename Config>
 struct Shared {
@@ -47,6 +46,7 @@ struct Shared {
   struct Places {
     Place q[kQTiles], k[kStages], v[kStages], task[kTasks];
     FwdTask tasks[kTasks];  // one without rows: there are no more
+    Mbarrier late;          // the tile that is being loaded will soon be complete
   };
   static constexpr int kBytes = kTileBytes + static_cast<int>(sizeof(Places));
   unsigned char* base;
@@ -68,7 +68,8 @@ struct Shared {
     for (Place& place : places().q) place.init(kWarps);
     for (Place& place : places().k) place.init(kWarps * kWarpgroups);
     for (Place& place : places().v) place.init(kWarps * kWarpgroups);
-    for (Place& place : places().task) place.init(kWarps * kWarpgroups);
+    for (Place& place : places().task) place.init(kWarps * kWarpgroups + 1);
+    places().late.init(1);
     Mbarrier::publish_init();
   }
 };
@@ -80,14 +81,12 @@ template <typename Config>
 class TakeTiles {
  public:
   FX_DEVICE explicit TakeTiles(const FwdArgs& args) : args(args) {}
-  // The next one that has rows; without rows: there is none. At least one block of keys belongs to
-  // it, seen or not.
+  // The next one that has rows; without rows: there is none.
   FX_DEVICE FwdTask next() {
     const unsigned tiles = static_cast<unsigned>(args.heads * args.blocks_q);
     for (unsigned number; (number = next_number()) < tiles;) {
-      FwdTask task =
+      const FwdTask task =
           fwd_task<Config::kBlockQ, Config::kBlockKV, Config::kGeneral>(args, tiles - 1 - number);
-      task.block_end = std::max(task.block_end, task.block_begin + 1);
       if (task.row0 < task.rows) return task;
     }
     return {};
@@ -104,22 +103,36 @@ class TakeTiles {
   }
 };
 
+// One thread tells the others their tiles. A tile is taken as late as possible, so that all thread
+// blocks end together, and yet before anybody waits for it.
+template <typename Config>
+FX_DEVICE void plan(const FwdArgs& args, Shared<Config> shared) {
+  TakeTiles<Config> take(args);
+  RingPosition<kTasks> at;
+  for (RingPosition<1> late;; late.advance()) {
+    const FwdTask task = take.next();
+    Place& place = shared.places().task[at.stage];
+    place.wait_empty(at.parity);
+    shared.places().tasks[at.stage] = task;
+    place.full.arrive();
+    if (task.rows == 0) return;
+    at.advance();
+    shared.places().late.wait(late.parity);
+  }
+}
+
 // One thread: everything is loaded in the order in which it is used.
 template <typename Config>
 FX_DEVICE void load(const FwdArgs& args, Shared<Config> shared) {
+  constexpr int kLate = 256 / Config::kBlockKV;  // blocks, the time that it takes to plan a tile
   RingPosition<Config::kStages> k_at, v_at;
   RingPosition<Config::kQStages> q_at;
   RingPosition<kTasks> task_at;
-  const auto tell = [&](const FwdTask& task) {
-    Place& place = shared.places().task[task_at.stage];
-    place.wait_empty(task_at.parity);
-    shared.places().tasks[task_at.stage] = task;
-    place.full.arrive();
-    task_at.advance();
-  };
-  TakeTiles<Config> take(args);
-  for (FwdTask task = take.next();;) {
-    tell(task);
+  for (;; task_at.advance()) {
+    Place& task_place = shared.places().task[task_at.stage];
+    task_place.wait_full(task_at.parity);
+    const FwdTask task = shared.places().tasks[task_at.stage];
+    task_place.empty.arrive();
     if (task.rows == 0) return;
     const int batch = args.params.cu_seqlens_q ? 0 : task.batch;
     const auto keys_at = [&](int block) {
@@ -137,7 +150,8 @@ FX_DEVICE void load(const FwdArgs& args, Shared<Config> shared) {
       copy_tile(shared.v(v_at.stage), args.v_map, keys_at(block), place.full);
       v_at.advance();
     };
-    load_keys(task.block_begin);
+    const bool any = task.block_begin < task.block_end;
+    if (any) load_keys(task.block_begin);
     for (int i = 0; i < Config::kWarpgroups; ++i) {
       Place& place = shared.q_place(q_at.stage, i);
       place.wait_empty(q_at.parity);
@@ -146,15 +160,13 @@ FX_DEVICE void load(const FwdArgs& args, Shared<Config> shared) {
                 place.full);
     }
     q_at.advance();
+    if (!any) shared.places().late.arrive();
 #pragma unroll 1
-    for (int block = task.block_begin + 1; block < task.block_end; ++block) {
-      load_keys(block);
-      load_values(block - 1);
+    for (int block = task.block_begin; block < task.block_end; ++block) {
+      if (block == std::max(task.block_begin, task.block_end - kLate)) shared.places().late.arrive();
+      if (block + 1 < task.block_end) load_keys(block + 1);
+      load_values(block);
     }
-    // As late as possible, so that all thread blocks end together, but before the wait for a place.
-    const FwdTask next = take.next();
-    load_values(task.block_end - 1);
-    task = next;
   }
 }
 
@@ -165,24 +177,17 @@ FX_DEVICE void normalise(typename Config::Output& o, Softmax<typename Config::T>
                          const AttnParams& p, const FwdTask& task, int row0) {
   softmax.sum.reduce_lanes([](float a, float b) { return a + b; });
   float* lse = static_cast<float*>(p.lse) + task.lse_offset(p, 0);
-  bool blind = false;
   RowVec<typename Config::T, 16> factor;
   factor.for_each([&](float& x, int m, int r) {
     const int row = row0 + o.row(m, r);
     Denominator all{softmax.reference.v[m][r], softmax.sum.v[m][r]};
-    blind |= all.sum == 0.f;
     if (p.sinks) all.add_sink(static_cast<const float*>(p.sinks)[task.head] * kLog2e);
     x = all.reciprocal();
     if constexpr (Config::kDropout) x *= 65536.f / (65536.f - p.dropout_threshold);
-    if (row < task.rows && o.speaks_for_row())
-      lse[row] = all.sum == 0.f ? -INFINITY : (all.top + log2f(all.sum)) * kLn2;
+    if (row >= task.rows || !o.speaks_for_row()) return;
+    lse[row] = all.sum == 0.f ? -INFINITY : (all.top + log2f(all.sum)) * kLn2;
   });
   softmax.multiply(o, factor);
-  // Rows that see no key have met values nevertheless, with weights of zero, and a NaN stays one.
-  if (any_lane(blind))
-    o.for_each([&](float& x, int m, int r, int) {
-      if (softmax.sum.v[m][r] == 0.f) x = 0.f;
-    });
 }
 
 // Writes a warp's 16 rows of o. Of each 16 columns a lane holds two neighbours, and two that are
@@ -234,43 +239,19 @@ class Compute {
         // 0 is nearly 0.
         scale(Config::kGeneral ? kLog2e : fmaxf(static_cast<float>(p.scale) * kLog2e, 1e-37f)) {}
 
-  // The products that end a tile are started together with the first ones of the next tile.
   FX_DEVICE void all_tiles() {
     if (id == kWarpgroups - 1) pass_turn();  // the first turn is the first one's
-    typename Config::Scores s;
-    typename Config::Weights weights;
-    typename Config::Output o;
-    Softmax<T> softmax;
     RingPosition<kTasks> task_at;
-    KeyBlocks own = wait_for_first_keys(task_at, 0);
-    take_turn();
-    start_scores(s);
-    pass_turn();
     for (;;) {
-      const FwdTask& task = shared.places().tasks[task_at.stage];
-      if (task.rows == 0) return wgmma_wait<0>();
-      const int row0 = task.row0 + 64 * id + warp_row;
-      all_blocks(task, own, row0, s, weights, o, softmax);
-
-      shared.q_place(q_at.stage, id).release();
-      q_at.advance();
-      const int behind = task.block_end - own.block_end;
-      pass_keys(behind);
-      RingPosition<kTasks> next_at = task_at;
-      next_at.advance();
-      own = wait_for_first_keys(next_at, behind);
-      take_turn();
-      start_output(o, weights);
-      start_scores(s);
-      pass_turn();
-      wgmma_wait<1>();
-      output_arrived(o);
-      pass_values(behind);
-      normalise<Config>(o, softmax, p, task, row0);
-      write_output<Config>(o, p, task, row0);
-      __syncwarp();  // no lane reads the task any more
-      shared.places().task[task_at.stage].release();
-      task_at = next_at;
+      Place& place = shared.places().task[task_at.stage];
+      place.wait_full(task_at.parity);
+      FwdTask task = shared.places().tasks[task_at.stage];
+      __syncwarp();  // all lanes have read it
+      place.release();
+      task_at.advance();
+      if (task.rows == 0) return;
+      task.pack = Divisor{};  // heads are not packed here, and now the compiler knows
+      tile(task);
     }
   }
 
@@ -289,9 +270,9 @@ class Compute {
   FX_DEVICE void pass_turn() { barrier_arrive(1 + (id + 1) % kWarpgroups, 2 * kWarpgroup); }
   FX_DEVICE void wait_for_warpgroup() { barrier_wait(1 + kWarpgroups + id, kWarpgroup); }
 
-  FX_DEVICE void start_scores(typename Config::Scores& s) {
+  FX_DEVICE void start_scores(typename Config::Scores& s, typename Config::QTile q) {
     wgmma_fence();
-    start_abt<Config::kHeadDim>(s, shared.q(q_at.stage, id), shared.k(k_at.stage));  // s = q k^T
+    start_abt<Config::kHeadDim>(s, q, shared.k(k_at.stage));  // s = q k^T
     wgmma_commit();
   }
   FX_DEVICE void scores_arrived(typename Config::Scores& s) {
@@ -310,8 +291,36 @@ class Compute {
     v_at.advance();
   }
 
-  // Blocks of keys and of values that only other warpgroups of the tile need.
-  FX_DEVICE void pass_keys(int count) {
+  FX_DEVICE void tile(const FwdTask& task) {
+    const int row0 = task.row0 + 64 * id;
+    const typename Config::QTile q = shared.q(q_at.stage, id);
+    Place& q_place = shared.q_place(q_at.stage, id);
+    q_place.wait_full(q_at.parity);
+    q_at.advance();
+
+    typename Config::Output o;
+    o.clear();
+    Softmax<T> softmax;
+    KeyBlocks own;  // the tile's blocks that these rows see
+    if (row0 < task.rows)
+      own = key_blocks<kBlockKV, Config::kGeneral>(task, row0, std::min(row0 + 64, task.rows),
+                                                   args.seen);
+    int passed = task.block_begin;
+    if (own.block_begin < own.block_end) {
+      pass_blocks(own.block_begin - passed);
+      all_blocks(task, own, row0 + warp_row, q, o, softmax);
+      passed = own.block_end;
+    }
+    pass_blocks(task.block_end - passed);
+
+    q_place.release();
+
+    normalise<Config>(o, softmax, p, task, row0 + warp_row);
+    write_output<Config>(o, p, task, row0 + warp_row);
+  }
+
+  // Blocks that only other warpgroups of the tile need.
+  FX_DEVICE void pass_blocks(int count) {
 #pragma unroll 1
     for (; count > 0; --count) {
       shared.places().k[k_at.stage].wait_full(k_at.parity);
@@ -319,46 +328,10 @@ class Compute {
       k_at.advance();
       take_turn();
       pass_turn();
-    }
-  }
-  FX_DEVICE void pass_values(int count) {
-#pragma unroll 1
-    for (; count > 0; --count) {
       shared.places().v[v_at.stage].wait_full(v_at.parity);
       shared.places().v[v_at.stage].release();
       v_at.advance();
     }
-  }
-
-  // The tile's blocks that this warpgroup computes: those that its rows see. It gives the last values
-  // of a tile back after its turn with the first keys of the next one, for which others need the
-  // values of all blocks that it leaves out in between. So these must fit the ring: `behind` blocks at
-  // the end of the tile before, and these at the beginning and at the end.
-  FX_DEVICE KeyBlocks own_blocks(const FwdTask& task, int behind) const {
-    constexpr int kMost = Config::kStages - 1;
-    const int row0 = task.row0 + 64 * id;
-    KeyBlocks own;
-    if (row0 < task.rows)
-      own = key_blocks<kBlockKV, Config::kGeneral>(task, row0, std::min(row0 + 64, task.rows),
-                                                   args.seen);
-    const int begin = std::min(task.block_begin + kMost - behind, task.block_end - 1);
-    own.block_begin = std::clamp(own.block_begin, task.block_begin, begin);
-    const int end = std::max(task.block_end - kMost, own.block_begin + 1);
-    own.block_end = std::clamp(own.block_end, end, task.block_end);
-    return own;
-  }
-
-  // Waits for a tile's name, its rows and this warpgroup's first keys. There may be none. behind: see
-  // own_blocks.
-  FX_DEVICE KeyBlocks wait_for_first_keys(RingPosition<kTasks> task_at, int behind) {
-    shared.places().task[task_at.stage].wait_full(task_at.parity);
-    const FwdTask& task = shared.places().tasks[task_at.stage];
-    if (task.rows == 0) return {};
-    const KeyBlocks own = own_blocks(task, behind);
-    pass_keys(own.block_begin - task.block_begin);
-    shared.q_place(q_at.stage, id).wait_full(q_at.parity);
-    shared.places().k[k_at.stage].wait_full(k_at.parity);
-    return own;
   }
 
   // s, of a block of keys, becomes weights. kWhole: every row sees all of these keys.
@@ -379,23 +352,24 @@ class Compute {
     });
   }
 
-  // From the first block's scores, which are under way, to the last one's weights, and the output of
-  // those before it.
   FX_DEVICE void all_blocks(const FwdTask& task, const KeyBlocks& own, int row0,
-                            typename Config::Scores& s, typename Config::Weights& weights,
-                            typename Config::Output& o, Softmax<T>& softmax) {
+                            typename Config::QTile q, typename Config::Output& o,
+                            Softmax<T>& softmax) {
+    typename Config::Scores s;
+    typename Config::Weights weights;
     typename Config::Mask mask(p, task, row0);
     const auto fetch_mask = [&](int block) {
       if constexpr (Config::kGeneral)
         if (p.mask.data) mask.fetch(block * kBlockKV);
     };
     int block = own.block_begin;
+    shared.places().k[k_at.stage].wait_full(k_at.parity);
+    take_turn();
+    start_scores(s, q);
+    pass_turn();
     fetch_mask(block);
-    o.clear();
-    softmax = {};
     wgmma_wait<0>();
     scores_arrived(s);
-    pass_values(block - task.block_begin);
     weigh<true, false>(s, weights, o, softmax, mask, task, own, row0, block);
 
     // The output of each block is computed together with the scores of the next one. whole: every
@@ -407,7 +381,7 @@ class Compute {
         shared.places().v[v_at.stage].wait_full(v_at.parity);
         take_turn();
         start_output(o, weights);
-        start_scores(s);
+        start_scores(s, q);
         pass_turn();
         fetch_mask(block);
         wgmma_wait<0>();
@@ -428,6 +402,9 @@ class Compute {
       clear_rows<Config>(shared.v(v_at.stage), left);
       wait_for_warpgroup();  // all rows are clear
     }
+    start_output(o, weights);
+    wgmma_wait<0>();
+    output_arrived(o);
   }
 };
 
@@ -445,6 +422,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (const int warpgroup = warpgroup_id(); warpgroup == 0) {
     give_registers_away<Config::kTile.loader_registers()>();
     if (threadIdx.x == 0) load<Config>(args, shared);
+    if (threadIdx.x == kWarpSize) plan<Config>(args, shared);
   } else {
     take_registers<Config::kTile.registers()>();
     Compute<Config>(args, shared, warpgroup - 1).all_tiles();
