@@ -232,3 +232,34 @@ def test_a_forced_backend_is_the_one(ours):
         out = F.scaled_dot_product_attention(q, q, q)
     torch.testing.assert_close(out, original(q, q, q))
     assert len(ours) == 1
+
+
+def test_timm(ours):
+    """Vision transformers; the second has an additive mask, its relative positions."""
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    for name, blocks in (("vit_tiny_patch16_224", 12), ("beit_base_patch16_224", 12)):
+        model = timm.create_model(name, pretrained=False).eval()
+        x = torch.randn(1, 3, 224, 224)
+        with torch.no_grad():
+            expected, before = model(x), len(ours)
+            with sdpa.patch():
+                out = model(x)
+        torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+        assert len(ours) == before + blocks
+
+
+def test_diffusers(ours):
+    """Attention to itself and to a text, of a U-Net."""
+    diffusers = pytest.importorskip("diffusers", exc_type=ImportError)
+    model = diffusers.UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32, attention_head_dim=8,
+        norm_num_groups=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    ).eval()  # fmt: skip
+    args = torch.randn(2, 4, 16, 16), 3, torch.randn(2, 7, 32)
+    with torch.no_grad():
+        expected = model(*args).sample
+        with sdpa.patch():
+            out = model(*args).sample
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    assert len(ours) == 8

