@@ -2,9 +2,9 @@
 // fill a ring of keys and values, and warpgroups of 64 rows each compute. While a warpgroup turns one
 // block's scores into weights, the tensor cores multiply for another one.
 #pragma once
-#include "../attn/band.h"
 #include "../attn/element.h"
 #include "../attn/scores.h"
+#include "band.h"
 #include "fwd_args.h"
 #include "fwd_variants.h"
 #include "softmax.h"
@@ -33,7 +33,7 @@ struct FwdConfig {
   using Mask = std::conditional_t<kGeneral, MaskBlock<T, 16, kBlockKV>, NoMask>;
 };
 
-inline constexpr int kNumbers = 2;  // tiles that the loading warp may be ahead
+inline constexpr int kTasks = 2;  // the tile that is computed and the next one
 
 template <typename Config>
 struct Shared {
@@ -44,8 +44,9 @@ struct Shared {
   static constexpr int kQTiles = kWarpgroups * Config::kQStages;
   static constexpr int kTileBytes = kQTiles * QTile::kBytes + 2 * kStages * KvTile::kBytes;
   struct Places {
-    Place q[kQTiles], k[kStages], v[kStages], number[kNumbers];
-    unsigned numbers[kNumbers];
+    Place q[kQTiles], k[kStages], v[kStages], task[kTasks];
+    FwdTask tasks[kTasks];  // one without rows: there are no more
+    Mbarrier late;          // the tile that is being loaded will soon be complete
   };
   static constexpr int kBytes = kTileBytes + static_cast<int>(sizeof(Places));
   unsigned char* base;
@@ -67,60 +68,86 @@ struct Shared {
     for (Place& place : places().q) place.init(kWarps);
     for (Place& place : places().k) place.init(kWarps * kWarpgroups);
     for (Place& place : places().v) place.init(kWarps * kWarpgroups);
-    for (Place& place : places().number) place.init(kWarps * kWarpgroups);
+    for (Place& place : places().task) place.init(kWarps * kWarpgroups + 1);
+    places().late.init(1);
     Mbarrier::publish_init();
   }
 };
 
-// Which tiles are this thread block's. They come with the longest ones first; each block takes the
-// next one when it is done, or they are dealt to and fro, so that nobody always gets the longer ones.
+// Which tiles are this thread block's. Each block takes the next one when it is done, or they are dealt
+// to and fro, so that nobody always gets the longer ones. They are counted from the last one down: so
+// the longest come first, and if a group of heads is smaller than the others, it is the first one.
+template <typename Config>
 class TakeTiles {
  public:
-  FX_DEVICE explicit TakeTiles(unsigned* taken) : taken(taken) {}
-  FX_DEVICE unsigned next() {
-    ++round;
-    if (taken && round > 0) return gridDim.x + atomicAdd(taken, 1u);
-    return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  FX_DEVICE explicit TakeTiles(const FwdArgs& args) : args(args) {}
+  // The next one that has rows; without rows: there is none.
+  FX_DEVICE FwdTask next() {
+    const unsigned tiles = static_cast<unsigned>(args.heads * args.blocks_q);
+    for (unsigned number; (number = next_number()) < tiles;) {
+      const FwdTask task =
+          fwd_task<Config::kBlockQ, Config::kBlockKV, Config::kGeneral>(args, tiles - 1 - number);
+      if (task.row0 < task.rows) return task;
+    }
+    return {};
   }
 
  private:
-  unsigned* taken;
+  const FwdArgs& args;
   int round = -1;
+
+  FX_DEVICE unsigned next_number() {
+    ++round;
+    if (args.taken && round > 0) return gridDim.x + atomicAdd(args.taken, 1u);
+    return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  }
 };
 
-FX_DEVICE unsigned tiles_of(const FwdArgs& args) {
-  return static_cast<unsigned>(args.heads * args.blocks_q);
+// One thread tells the others their tiles. A tile is taken as late as possible, so that all thread
+// blocks end together, and yet before anybody waits for it.
+template <typename Config>
+FX_DEVICE void plan(const FwdArgs& args, Shared<Config> shared) {
+  TakeTiles<Config> take(args);
+  RingPosition<kTasks> at;
+  for (RingPosition<1> late;; late.advance()) {
+    const FwdTask task = take.next();
+    Place& place = shared.places().task[at.stage];
+    place.wait_empty(at.parity);
+    shared.places().tasks[at.stage] = task;
+    place.full.arrive();
+    if (task.rows == 0) return;
+    at.advance();
+    shared.places().late.wait(late.parity);
+  }
 }
 
 // One thread: everything is loaded in the order in which it is used.
 template <typename Config>
 FX_DEVICE void load(const FwdArgs& args, Shared<Config> shared) {
-  constexpr int kBlockKV = Config::kBlockKV;
+  constexpr int kLate = 256 / Config::kBlockKV;  // blocks, the time that it takes to plan a tile
   RingPosition<Config::kStages> k_at, v_at;
   RingPosition<Config::kQStages> q_at;
-  RingPosition<kNumbers> number_at;
-  const auto tell = [&](unsigned number) {
-    Place& place = shared.places().number[number_at.stage];
-    place.wait_empty(number_at.parity);
-    shared.places().numbers[number_at.stage] = number;
-    place.full.arrive();
-    number_at.advance();
-  };
-  const auto load_tile = [&](const FwdTask& task) {
+  RingPosition<kTasks> task_at;
+  for (;; task_at.advance()) {
+    Place& task_place = shared.places().task[task_at.stage];
+    task_place.wait_full(task_at.parity);
+    const FwdTask task = shared.places().tasks[task_at.stage];
+    task_place.empty.arrive();
+    if (task.rows == 0) return;
     const int batch = args.params.cu_seqlens_q ? 0 : task.batch;
-    const int first_key = static_cast<int>(task.first_k);
+    const auto keys_at = [&](int block) {
+      return Corner{static_cast<int>(task.first_k) + block * Config::kBlockKV, task.kv_head, batch};
+    };
     const auto load_keys = [&](int block) {
       Place& place = shared.places().k[k_at.stage];
       place.wait_empty(k_at.parity);
-      copy_tile(shared.k(k_at.stage), args.k_map,
-                {first_key + block * kBlockKV, task.kv_head, batch}, place.full);
+      copy_tile(shared.k(k_at.stage), args.k_map, keys_at(block), place.full);
       k_at.advance();
     };
     const auto load_values = [&](int block) {
       Place& place = shared.places().v[v_at.stage];
       place.wait_empty(v_at.parity);
-      copy_tile(shared.v(v_at.stage), args.v_map,
-                {first_key + block * kBlockKV, task.kv_head, batch}, place.full);
+      copy_tile(shared.v(v_at.stage), args.v_map, keys_at(block), place.full);
       v_at.advance();
     };
     const bool any = task.block_begin < task.block_end;
@@ -133,30 +160,23 @@ FX_DEVICE void load(const FwdArgs& args, Shared<Config> shared) {
                 place.full);
     }
     q_at.advance();
+    if (!any) shared.places().late.arrive();
 #pragma unroll 1
-    for (int block = task.block_begin + 1; block < task.block_end; ++block) {
-      load_keys(block);
-      load_values(block - 1);
+    for (int block = task.block_begin; block < task.block_end; ++block) {
+      if (block == std::max(task.block_begin, task.block_end - kLate)) shared.places().late.arrive();
+      if (block + 1 < task.block_end) load_keys(block + 1);
+      load_values(block);
     }
-    if (any) load_values(task.block_end - 1);
-  };
-  const unsigned tiles = tiles_of(args);
-  TakeTiles take(args.taken);
-  for (unsigned number = take.next(); number < tiles;) {
-    tell(number);
-    const unsigned next = take.next();  // known by the time that it is needed
-    const FwdTask task = fwd_task<Config::kBlockQ, kBlockKV, Config::kGeneral>(args, number);
-    if (task.row0 < task.rows) load_tile(task);
-    number = next;
   }
-  tell(tiles);
 }
 
-// Divides by the softmax's denominator, in which the sink takes part, and writes lse.
+// Divides by the softmax's denominator, in which the sink takes part, and writes lse. row0: the
+// warp's first row.
 template <typename Config>
 FX_DEVICE void normalise(typename Config::Output& o, Softmax<typename Config::T>& softmax,
                          const AttnParams& p, const FwdTask& task, int row0) {
   softmax.sum.reduce_lanes([](float a, float b) { return a + b; });
+  float* lse = static_cast<float*>(p.lse) + task.lse_offset(p, 0);
   RowVec<typename Config::T, 16> factor;
   factor.for_each([&](float& x, int m, int r) {
     const int row = row0 + o.row(m, r);
@@ -165,30 +185,34 @@ FX_DEVICE void normalise(typename Config::Output& o, Softmax<typename Config::T>
     x = all.reciprocal();
     if constexpr (Config::kDropout) x *= 65536.f / (65536.f - p.dropout_threshold);
     if (row >= task.rows || !o.speaks_for_row()) return;
-    const float lse = all.sum == 0.f ? -INFINITY : all.top + log2f(all.sum);
-    static_cast<float*>(p.lse)[task.lse_offset(p, row)] = lse * kLn2;
+    lse[row] = all.sum == 0.f ? -INFINITY : (all.top + log2f(all.sum)) * kLn2;
   });
   softmax.multiply(o, factor);
 }
 
-// Writes a warp's 16 rows of o through those of q, which are not needed any more.
+// Writes a warp's 16 rows of o. Of each 16 columns a lane holds two neighbours, and two that are
+// eight columns on; two lanes exchange theirs, so that each has four neighbours.
 template <typename Config>
-FX_DEVICE void write_output(const typename Config::Output& o, typename Config::QTile q,
-                            const AttnParams& p, const FwdTask& task, int row0, int warp_row) {
+FX_DEVICE void write_output(const typename Config::Output& o, const AttnParams& p,
+                            const FwdTask& task, int row0) {
   using T = typename Config::T;
-  constexpr int kChunks = Config::kHeadDim / 8;
-  o.store(q, warp_row);
-  __syncwarp();  // the 16 rows are there
-  T* out = static_cast<T*>(p.o.data) + task.offset(p.o, row0);
-#pragma unroll 4
-  for (int i = lane_id(); i < 16 * kChunks; i += kWarpSize) {
-    const int row = i / kChunks, col = i % kChunks * 8;
-    if (row0 + row < task.rows && col < p.head_dim_v)
-      *reinterpret_cast<uint4*>(out + row * p.o.seq_stride + col) =
-          *reinterpret_cast<const uint4*>(q.at(warp_row + row, col));
+  const unsigned lane = lane_id();
+  const bool odd = lane % 2;
+  const int first_col = lane % 4 / 2 * 4 + (odd ? 8 : 0);
+  T* out = static_cast<T*>(p.o.data) + task.first_offset(p.o) + first_col;
+#pragma unroll
+  for (int slot = 0; slot < 2; ++slot) {
+    const int row = row0 + o.row(0, slot);
+    T* to = out + row * p.o.seq_stride;
+#pragma unroll
+    for (int n = 0; n < Config::kHeadDim / 16; ++n) {
+      const auto rounded = MmaAtom<T>::to_operand(o.atom[0][n]);
+      const uint32_t low = rounded.reg[slot], high = rounded.reg[slot + 2];
+      const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
+      if (row < task.rows && n * 16 + first_col < p.head_dim_v)
+        *reinterpret_cast<uint2*>(to + n * 16) = odd ? uint2{got, high} : uint2{low, got};
+    }
   }
-  ptx::fence_proxy_async();  // the copy engine may write q after what this thread did there
-  __syncwarp();              // ... and all lanes
 }
 
 // Packed tensors: what follows the last key belongs to another sequence, and may be NaN, which a
@@ -217,18 +241,17 @@ class Compute {
 
   FX_DEVICE void all_tiles() {
     if (id == kWarpgroups - 1) pass_turn();  // the first turn is the first one's
-    RingPosition<kNumbers> number_at;
+    RingPosition<kTasks> task_at;
     for (;;) {
-      Place& place = shared.places().number[number_at.stage];
-      place.wait_full(number_at.parity);
-      unsigned number = 0;
-      if (lane_id() == 0) number = shared.places().numbers[number_at.stage];
+      Place& place = shared.places().task[task_at.stage];
+      place.wait_full(task_at.parity);
+      FwdTask task = shared.places().tasks[task_at.stage];
+      __syncwarp();  // all lanes have read it
       place.release();
-      number = uniform(number);
-      number_at.advance();
-      if (number >= tiles_of(args)) return;
-      const FwdTask task = fwd_task<Config::kBlockQ, kBlockKV, Config::kGeneral>(args, number);
-      if (task.row0 < task.rows) tile(task);
+      task_at.advance();
+      if (task.rows == 0) return;
+      task.pack = Divisor{};  // heads are not packed here, and now the compiler knows
+      tile(task);
     }
   }
 
@@ -269,7 +292,7 @@ class Compute {
   }
 
   FX_DEVICE void tile(const FwdTask& task) {
-    const int row0 = task.row0 + 64 * id + warp_row;
+    const int row0 = task.row0 + 64 * id;
     const typename Config::QTile q = shared.q(q_at.stage, id);
     Place& q_place = shared.q_place(q_at.stage, id);
     q_place.wait_full(q_at.parity);
@@ -278,34 +301,60 @@ class Compute {
     typename Config::Output o;
     o.clear();
     Softmax<T> softmax;
-    if (task.block_begin < task.block_end) all_blocks(task, row0, q, o, softmax);
+    KeyBlocks own;  // the tile's blocks that these rows see
+    if (row0 < task.rows)
+      own = key_blocks<kBlockKV, Config::kGeneral>(task, row0, std::min(row0 + 64, task.rows),
+                                                   args.seen);
+    int passed = task.block_begin;
+    if (own.block_begin < own.block_end) {
+      pass_blocks(own.block_begin - passed);
+      all_blocks(task, own, row0 + warp_row, q, o, softmax);
+      passed = own.block_end;
+    }
+    pass_blocks(task.block_end - passed);
 
-    normalise<Config>(o, softmax, p, task, row0);
-    wait_for_warpgroup();  // all of it has read q
-    write_output<Config>(o, q, p, task, row0, warp_row);
     q_place.release();
+
+    normalise<Config>(o, softmax, p, task, row0 + warp_row);
+    write_output<Config>(o, p, task, row0 + warp_row);
   }
 
-  // s, of the keys from kv0 on, becomes weights. kWhole: every row sees all of these keys.
+  // Blocks that only other warpgroups of the tile need.
+  FX_DEVICE void pass_blocks(int count) {
+#pragma unroll 1
+    for (; count > 0; --count) {
+      shared.places().k[k_at.stage].wait_full(k_at.parity);
+      shared.places().k[k_at.stage].release();
+      k_at.advance();
+      take_turn();
+      pass_turn();
+      shared.places().v[v_at.stage].wait_full(v_at.parity);
+      shared.places().v[v_at.stage].release();
+      v_at.advance();
+    }
+  }
+
+  // s, of a block of keys, becomes weights. kWhole: every row sees all of these keys.
   template <bool kFirst, bool kWhole>
   FX_DEVICE void weigh(typename Config::Scores& s, typename Config::Weights& weights,
                        typename Config::Output& o, Softmax<T>& softmax,
-                       const typename Config::Mask& mask, const FwdTask& task, int row0, int kv0) {
+                       const typename Config::Mask& mask, const FwdTask& task, const KeyBlocks& own,
+                       int row0, int block) {
+    const int kv0 = block * kBlockKV;
     if constexpr (Config::kGeneral) {
       apply_options(s, p, task, row0, kv0);
       if (p.mask.data) mask.add_to(s, kv0);
     }
-    if constexpr (!kWhole) {
-      const int block = kv0 / kBlockKV;
-      if (block < task.whole_begin || block >= task.whole_end) apply_band(s, task, row0, kv0);
-    }
+    if constexpr (!kWhole)
+      if (block < own.whole_begin || block >= own.whole_end) hide_unseen(s, task, row0, kv0);
     softmax.template step<kFirst>(s, weights, o, scale, [&](auto& atom, int n) {
       if constexpr (Config::kDropout) Dropout<T>(p, task).apply(atom, row0, kv0 + n * kAtom);
     });
   }
 
-  FX_DEVICE void all_blocks(const FwdTask& task, int row0, typename Config::QTile q,
-                            typename Config::Output& o, Softmax<T>& softmax) {
+  FX_DEVICE void all_blocks(const FwdTask& task, const KeyBlocks& own, int row0,
+                            typename Config::QTile q, typename Config::Output& o,
+                            Softmax<T>& softmax) {
     typename Config::Scores s;
     typename Config::Weights weights;
     typename Config::Mask mask(p, task, row0);
@@ -313,7 +362,7 @@ class Compute {
       if constexpr (Config::kGeneral)
         if (p.mask.data) mask.fetch(block * kBlockKV);
     };
-    int block = task.block_begin;
+    int block = own.block_begin;
     shared.places().k[k_at.stage].wait_full(k_at.parity);
     take_turn();
     start_scores(s, q);
@@ -321,7 +370,7 @@ class Compute {
     fetch_mask(block);
     wgmma_wait<0>();
     scores_arrived(s);
-    weigh<true, false>(s, weights, o, softmax, mask, task, row0, block * kBlockKV);
+    weigh<true, false>(s, weights, o, softmax, mask, task, own, row0, block);
 
     // The output of each block is computed together with the scores of the next one. whole: every
     // row sees all of these blocks.
@@ -338,16 +387,15 @@ class Compute {
         wgmma_wait<0>();
         output_arrived(o);
         scores_arrived(s);
-        constexpr bool kWhole = decltype(whole)::value;
-        weigh<false, kWhole>(s, weights, o, softmax, mask, task, row0, block * kBlockKV);
+        weigh<false, decltype(whole)::value>(s, weights, o, softmax, mask, task, own, row0, block);
       }
       --block;
     };
     if constexpr (!Config::kGeneral) {  // whose tests are few beside the rest
-      blocks_to(std::min(task.whole_begin, task.block_end), std::false_type{});
-      blocks_to(std::min(task.whole_end, task.block_end), std::true_type{});
+      blocks_to(std::min(own.whole_begin, own.block_end), std::false_type{});
+      blocks_to(std::min(own.whole_end, own.block_end), std::true_type{});
     }
-    blocks_to(task.block_end, std::false_type{});
+    blocks_to(own.block_end, std::false_type{});
 
     shared.places().v[v_at.stage].wait_full(v_at.parity);
     if (const int left = task.seq_kv - block * kBlockKV; p.cu_seqlens_k && left < kBlockKV) {
@@ -374,6 +422,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (const int warpgroup = warpgroup_id(); warpgroup == 0) {
     give_registers_away<Config::kTile.loader_registers()>();
     if (threadIdx.x == 0) load<Config>(args, shared);
+    if (threadIdx.x == kWarpSize) plan<Config>(args, shared);
   } else {
     take_registers<Config::kTile.registers()>();
     Compute<Config>(args, shared, warpgroup - 1).all_tiles();
