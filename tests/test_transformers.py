@@ -5,6 +5,8 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+import flash_ext  # noqa: E402
+from flash_ext.integrations import transformers as integration  # noqa: E402
 from flash_ext.integrations.transformers import attention, register  # noqa: E402
 
 BATCH, TOKENS = 3, 20
@@ -221,15 +223,102 @@ def test_compiled_without_a_graph_break(make):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_generates_in_chunks():
+@pytest.mark.parametrize("cache", ("dynamic", "static"))
+@pytest.mark.parametrize("side", ("none", "left"))
+@pytest.mark.parametrize("make", (llama, mistral, gemma2, gpt_oss), ids=lambda make: make.__name__)
+def test_generates_in_chunks(make, side, cache):
     torch.manual_seed(0)
-    model = llama().eval()
-    inputs = dict(input_ids=tokens(), attention_mask=padding("left"))
+    model = make().eval()
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, prefill_chunk_size=7, cache_implementation=cache)
     found = []
     for name in ("eager", register()):
         model.set_attn_implementation(name)
-        found.append(model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0, prefill_chunk_size=8))
+        found.append(model.generate(input_ids=tokens(), attention_mask=padding(side), **options))
     assert torch.equal(*found)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The options of every call of attn."""
+    seen = []
+
+    def recorded(*args, **options):
+        seen.append(options)
+        return flash_ext.attn(*args, **options)
+
+    monkeypatch.setattr(integration, "attn", recorded)
+    return seen
+
+
+@pytest.mark.parametrize("make", (llama, mistral, gemma2, gpt_oss), ids=lambda make: make.__name__)
+def test_no_mask_is_made_without_padding(calls, make):
+    """Neither for a prompt beyond the window, nor for a chunk over a cache, nor for one more token."""
+    torch.manual_seed(0)
+    model = make().eval()
+    model.set_attn_implementation(register())
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        parts = [model(part, past_key_values=cache).logits for part in tokens().split((12, 7, 1), 1)]
+        expected = run(model, "eager", input_ids=tokens())
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 6 and all(options["attn_mask"] is None for options in calls)
+    windows = {options["window"] for options in calls[:2]}
+    assert windows == {llama: {None}, mistral: {(7, 0)}}.get(make, {(7, 0), None})
+
+
+def test_dense_masks_on_request(calls):
+    torch.manual_seed(0)
+    model = mistral().eval()
+    with torch.no_grad():
+        expected, found = (run(model, name, input_ids=tokens()) for name in ("eager", register("dense", True)))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert all(options["attn_mask"].shape == (BATCH, 1, TOKENS, TOKENS) for options in calls)
+
+
+def test_packed_by_position_alone():
+    """What transformers finds in position_ids comes as a mask."""
+    torch.manual_seed(0)
+    model = mistral().eval()
+    position_ids = torch.cat([torch.arange(n) for n in (5, 11, 4)])[None]
+    ids = torch.randint(3, 100, (1, 20))
+    with torch.no_grad():
+        found = run(model, register(), input_ids=ids, position_ids=position_ids, use_cache=False)
+        expected = torch.cat([run(model, "eager", input_ids=part) for part in ids.split((5, 11, 4), 1)], 1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", (llama, gemma2, gpt_oss), ids=lambda make: make.__name__)
+def test_bfloat16(make):
+    """As far from float32 as eager is, at most a bit further."""
+    torch.manual_seed(0)
+    model = make().eval()
+    inputs = dict(input_ids=tokens(), attention_mask=padding("left"))
+    kept = padding("left").bool()
+    outs = []
+    for name, dtype in (("eager", torch.float32), ("eager", torch.bfloat16), (register(), torch.bfloat16)):
+        out = run(model.to(dtype), name, **inputs)[kept].float()
+        weight = model.model.layers[0].self_attn.q_proj.weight
+        outs.append((out, torch.autograd.grad(out.square().mean(), weight)[0].float()))
+    for exact, eager, found in zip(*outs, strict=True):
+        assert (found - exact).norm() <= 1.5 * (eager - exact).norm() + 1e-3 * exact.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_cuda_graphs(device):
+    """One that is replayed: the second call's tokens are others."""
+    if device == "cpu":
+        pytest.skip("once is enough")
+    torch.manual_seed(0)
+    model = mistral().to(torch.bfloat16).eval()
+    model.set_attn_implementation(register())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for shift in range(4):
+            ids = (tokens() + shift) % 100
+            found = compiled(input_ids=ids, use_cache=False).logits.clone()
+            expected = model(input_ids=ids, use_cache=False).logits
+            torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
 def qkv(seq_q=5, seq_kv=5):
