@@ -263,3 +263,41 @@ def test_diffusers(ours):
             out = model(*args).sample
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
     assert len(ours) == 8
+
+
+def fused(batch, tokens, heads, dim):
+    """q, k and v as vision transformers make them, all three from one product."""
+    return torch.randn(batch, tokens, 3, heads, dim).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def projected(batch, tokens, others, heads, dim):
+    """q from one sequence, k and v from another, as in the cross-attention of diffusion models."""
+    return [torch.randn(batch, n, heads * dim).view(batch, -1, heads, dim).transpose(1, 2) for n in (tokens, *others)]
+
+
+@pytest.mark.parametrize(
+    "tensors, options",
+    [
+        (fused(2, 197, 3, 64), dict(attn_mask=None, dropout_p=0.0, is_causal=False)),  # timm: Attention
+        (fused(1, 50, 4, 32), dict(attn_mask=torch.randn(1, 4, 50, 50), dropout_p=0.0)),  # timm: relative positions
+        (projected(2, 64, (64, 64), 8, 40), dict(attn_mask=None, dropout_p=0.0, is_causal=False)),  # diffusers
+        (projected(2, 64, (77, 77), 8, 40), dict(attn_mask=None, dropout_p=0.0, is_causal=False)),
+        (
+            projected(2, 64, (77, 77), 8, 40),
+            dict(attn_mask=torch.zeros(2, 1, 77).index_fill(2, torch.tensor([70]), -1e4).repeat_interleave(8, 0))
+            | dict(dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False),
+        ),
+    ],
+    ids=["timm", "timm-positions", "diffusers", "diffusers-text", "diffusers-padding"],
+)
+def test_calls_as_timm_and_diffusers_make_them(ours, tensors, options):
+    """Their shapes, strides and keywords, for where they are not installed."""
+    q, k, v = tensors
+    if options["attn_mask"] is not None and options["attn_mask"].dim() == 3:  # [batch * heads, 1, keys]
+        options = options | dict(attn_mask=options["attn_mask"].view(q.shape[0], q.shape[1], -1, k.shape[2]))
+    expected = original(q, k, v, **options)
+    with sdpa.patch():
+        out = F.scaled_dot_product_attention(query=q, key=k, value=v, **options)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    assert len(ours) == 1
+    assert out.transpose(1, 2).flatten(2).shape == (q.shape[0], q.shape[2], q.shape[1] * v.shape[3])
