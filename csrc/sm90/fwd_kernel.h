@@ -15,7 +15,7 @@
 namespace flash_ext::sm90 {
 
 template <DType kDType, int kDim, FwdOptions kWith = FwdOptions::none,
-          FwdTile kSize = fwd_tile(kDim, kWith)>
+          FwdTile kSize = fwd_tile(kDim, kWith, false)>
 struct FwdConfig {
   using T = Element<kDType>;
   static constexpr bool kGeneral = kWith != FwdOptions::none;
@@ -163,7 +163,8 @@ FX_DEVICE void load(const FwdArgs& args, Shared<Config> shared) {
     if (!any) shared.places().late.arrive();
 #pragma unroll 1
     for (int block = task.block_begin; block < task.block_end; ++block) {
-      if (block == std::max(task.block_begin, task.block_end - kLate)) shared.places().late.arrive();
+      if (block == std::max(task.block_begin, task.block_end - kLate))
+        shared.places().late.arrive();
       if (block + 1 < task.block_end) load_keys(block + 1);
       load_values(block);
     }
