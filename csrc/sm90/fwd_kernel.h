@@ -68,7 +68,7 @@ struct Shared {
     for (Place& place : places().q) place.init(kWarps);
     for (Place& place : places().k) place.init(kWarps * kWarpgroups);
     for (Place& place : places().v) place.init(kWarps * kWarpgroups);
-    for (Place& place : places().task) place.init(kWarps * kWarpgroups + 1);
+    for (Place& place : places().task) place.init(kWarpgroup * kWarpgroups + 1);  // all threads
     places().late.init(1);
     Mbarrier::publish_init();
   }
@@ -247,8 +247,7 @@ class Compute {
       Place& place = shared.places().task[task_at.stage];
       place.wait_full(task_at.parity);
       FwdTask task = shared.places().tasks[task_at.stage];
-      __syncwarp();  // all lanes have read it
-      place.release();
+      place.empty.arrive();
       task_at.advance();
       if (task.rows == 0) return;
       task.pack = Divisor{};  // heads are not packed here, and now the compiler knows
