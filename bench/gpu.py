@@ -209,6 +209,7 @@ def main(title, name, all_rows, calls, names, backward=False, peers_of=peers_of)
     """The command line of a benchmark; calls(case, dtype, names) makes what is timed."""
     parser = common.arguments(title)
     parser.add_argument("--rows", nargs="+", metavar="TEXT", help="rows whose name contains one of these")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, metavar="NAME", help=f"only these of {', '.join(PEERS)}")
     parser.add_argument(
         "--rounds", type=int, default=3, metavar="N", help="turns of each, of which the median is taken"
     )
@@ -221,7 +222,8 @@ def main(title, name, all_rows, calls, names, backward=False, peers_of=peers_of)
     results = []
     with progress(len(chosen) * options.rounds, "measuring") as bar:
         for case, dtype in chosen:
-            found = calls(case, dtype, [*names, *peers_of(case, dtype)])
+            wanted = [name for name in peers_of(case, dtype) if not options.peers or name in options.peers]
+            found = calls(case, dtype, [*names, *wanted])
             results.append(measure(case, dtype, found, backward, options, bar.update))
     ran = {name for result in results for name in result["rates"]}
     names, peers = [name for name in names if name in ran], [name for name in PEERS if name in ran]

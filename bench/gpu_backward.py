@@ -9,7 +9,7 @@ from peers import PEERS
 
 import flash_ext
 
-OURS = {"flash_ext": {}, "deterministic": {"deterministic": True}}
+OURS = {"flash_ext": {}, "gpu": {"backend": "gpu"}, "deterministic": {"deterministic": True}}
 
 
 def rows():
@@ -25,7 +25,7 @@ def calls(case, dtype, names):
     for name in names:
         with gpu.without_what_fails(case, name):
             if name in OURS:
-                out = flash_ext.attn(q, k, v, is_causal=case.is_causal, backend="gpu", **OURS[name])
+                out = flash_ext.attn(q, k, v, is_causal=case.is_causal, window=case.window, **OURS[name])
             else:
                 out = PEERS[name](case, q, k, v)()
             found[name] = partial(torch.autograd.grad, out, (q, k, v), grad_out, retain_graph=True)

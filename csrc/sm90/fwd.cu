@@ -68,20 +68,46 @@ bool worthwhile(const AttnParams& p) {
   return p.seq_q > 64 && (p.batch * p.heads_q * ceil_div(p.seq_q, 128) >= 64 || p.seq_kv <= 1024);
 }
 
+namespace {
+
+// How many rows some thread block computes, if all tiles are the same.
+double rows_of_a_block(const AttnParams& p, const GpuFacts& gpu, FwdTile tile) {
+  const int64_t tiles = p.batch * p.heads_q * ceil_div(p.seq_q, tile.block_q());
+  return static_cast<double>(ceil_div(tiles, gpu.multiprocessors) * tile.block_q());
+}
+
+bool even_is_faster(const AttnParams& p, const GpuFacts& gpu, int head_dim, FwdOptions options) {
+  const FwdTile tile = fwd_tile(head_dim, options, false), even = fwd_tile(head_dim, options, true);
+  if (tile == even) return false;
+  if (head_dim == 64 && (p.window_left >= 0 || p.window_right >= 0)) return true;
+  const double slower = head_dim == 64 ? 1.06 : 1.13;  // a row of the even tile (performance log)
+  return rows_of_a_block(p, gpu, tile) > slower * rows_of_a_block(p, gpu, even);
+}
+
+// Heads whose tiles are started together. Under a causal mask tiles come with the longest first; where
+// each thread block gets two, a long one and a short one, their shares are equal.
+int heads_together(const AttnParams& p, const GpuFacts& gpu, int64_t heads, int blocks_q) {
+  const int64_t sharing = p.heads_q / std::max<int64_t>(p.heads_kv, 1);
+  const int in_cache = heads_in_cache(p, gpu, heads, sharing);
+  if (p.window_right < 0 || blocks_q == 0) return in_cache;
+  const int64_t pairs =
+      ceil_div(std::max(2 * gpu.multiprocessors / blocks_q, 1), sharing) * sharing;
+  return static_cast<int>(std::min<int64_t>(in_cache, pairs));
+}
+
+}  // namespace
+
 FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   const int head_dim = compiled_head_dim(p, kFwdHeadDims);
   FwdOptions options = FwdOptions::none;
   if (p.mask.data || p.softcap > 0 || p.alibi_slopes) options = FwdOptions::scores;
   if (p.dropout_threshold) options = FwdOptions::dropout;
-  FwdPlan plan{head_dim, options, {p}};
+  const bool even = even_is_faster(p, gpu, head_dim, options);
+  FwdPlan plan{head_dim, options, even, {p}};
   flash_ext::FwdArgs& args = plan.args;
-  args.blocks_q = static_cast<int>(ceil_div(p.seq_q, fwd_tile(head_dim, options).block_q()));
+  args.blocks_q = static_cast<int>(ceil_div(p.seq_q, fwd_tile(head_dim, options, even).block_q()));
   args.heads = p.batch * p.heads_q;
-  args.longest_last = p.window_right >= 0;
-
-  args.heads_at_once =
-      heads_in_cache(p, gpu, args.heads, p.heads_q / std::max<int64_t>(p.heads_kv, 1));
-
+  args.heads_at_once = heads_together(p, gpu, args.heads, args.blocks_q);
   args.seen = plan_seen_keys(p);
 
   // To zero the counter takes as long as some tiles do.

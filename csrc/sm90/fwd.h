@@ -12,6 +12,7 @@ namespace flash_ext::sm90 {
 struct FwdPlan {
   int head_dim;  // of kFwdHeadDims
   FwdOptions options;
+  bool even;  // see fwd_tile
   flash_ext::FwdArgs args;
   int64_t thread_blocks = 0;
   bool counts = false;  // thread blocks take the next tile when they are done with one

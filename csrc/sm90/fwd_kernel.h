@@ -15,7 +15,7 @@
 namespace flash_ext::sm90 {
 
 template <DType kDType, int kDim, FwdOptions kWith = FwdOptions::none,
-          FwdTile kSize = fwd_tile(kDim, kWith)>
+          FwdTile kSize = fwd_tile(kDim, kWith, false)>
 struct FwdConfig {
   using T = Element<kDType>;
   static constexpr bool kGeneral = kWith != FwdOptions::none;
@@ -68,7 +68,7 @@ struct Shared {
     for (Place& place : places().q) place.init(kWarps);
     for (Place& place : places().k) place.init(kWarps * kWarpgroups);
     for (Place& place : places().v) place.init(kWarps * kWarpgroups);
-    for (Place& place : places().task) place.init(kWarps * kWarpgroups + 1);
+    for (Place& place : places().task) place.init(kWarpgroup * kWarpgroups + 1);  // all threads
     places().late.init(1);
     Mbarrier::publish_init();
   }
@@ -163,7 +163,8 @@ FX_DEVICE void load(const FwdArgs& args, Shared<Config> shared) {
     if (!any) shared.places().late.arrive();
 #pragma unroll 1
     for (int block = task.block_begin; block < task.block_end; ++block) {
-      if (block == std::max(task.block_begin, task.block_end - kLate)) shared.places().late.arrive();
+      if (block == std::max(task.block_begin, task.block_end - kLate))
+        shared.places().late.arrive();
       if (block + 1 < task.block_end) load_keys(block + 1);
       load_values(block);
     }
@@ -246,8 +247,7 @@ class Compute {
       Place& place = shared.places().task[task_at.stage];
       place.wait_full(task_at.parity);
       FwdTask task = shared.places().tasks[task_at.stage];
-      __syncwarp();  // all lanes have read it
-      place.release();
+      place.empty.arrive();
       task_at.advance();
       if (task.rows == 0) return;
       task.pack = Divisor{};  // heads are not packed here, and now the compiler knows

@@ -29,7 +29,11 @@ template <DType kDType, int kHeadDim>
 void launch(const FwdPlan& plan, void* stream) {
   using enum FwdOptions;
   switch (plan.options) {
-    case none: return launch_config<FwdConfig<kDType, kHeadDim>>(plan, stream);
+    case none:
+      if constexpr (constexpr FwdTile kEven = fwd_tile(kHeadDim, none, true);
+                    kEven != fwd_tile(kHeadDim, none, false))
+        if (plan.even) return launch_config<FwdConfig<kDType, kHeadDim, none, kEven>>(plan, stream);
+      return launch_config<FwdConfig<kDType, kHeadDim>>(plan, stream);
     case scores: return launch_config<FwdConfig<kDType, kHeadDim, scores>>(plan, stream);
     case dropout: return launch_config<FwdConfig<kDType, kHeadDim, dropout>>(plan, stream);
   }

@@ -20,6 +20,7 @@ struct FwdTile {
   int stages;      // blocks of keys, and of values, in shared memory
   int q_stages;    // 2: the next tile's q is loaded meanwhile
 
+  constexpr bool operator==(const FwdTile&) const = default;
   constexpr int block_q() const { return 64 * warpgroups; }
   // Registers of each thread that computes, and of those that load. All are dealt out in eights; when
   // the kernel starts, every thread has the same number. Asking for more than there are would hang.
@@ -33,15 +34,18 @@ struct FwdTile {
 
 // A warpgroup's registers hold scores and output in float32 and the weights in 16 bits: per row
 // block_kv + head_dim + block_kv / 2 of its 4 * registers. With options come the elements of a mask
-// tensor, another block_kv / 2.
-constexpr FwdTile fwd_tile(int head_dim, FwdOptions options) {
+// tensor, another block_kv / 2. Three warpgroups hide weights behind products better than two and read
+// keys and values once for 192 rows. even: tiles whose rows are a power of two, for short sequences,
+// which 192 rows fit badly, and at head_dim 64 for bands, of which blocks of 64 keys waste less.
+constexpr FwdTile fwd_tile(int head_dim, FwdOptions options, bool even) {
   const bool plain = options == FwdOptions::none;
   switch (head_dim) {
-    // The weights take as long as the products: while one warpgroup multiplies, two compute weights.
-    case 64: return plain ? FwdTile{3, 128, 3, 2} : FwdTile{3, 96, 3, 2};
-    case 80: return plain ? FwdTile{3, 112, 2, 1} : FwdTile{2, 128, 2, 1};
-    case 96: return plain ? FwdTile{3, 96, 2, 1} : FwdTile{2, 128, 2, 1};
-    case 128: return {2, 128, 2, 2};
+    case 64:
+      if (!plain) return {3, 96, 3, 2};
+      return even ? FwdTile{4, 64, 4, 2} : FwdTile{3, 128, 3, 2};
+    case 80: return plain ? FwdTile{3, 112, 2, 2} : FwdTile{2, 128, 2, 1};
+    case 96: return plain ? FwdTile{3, 96, 2, 2} : FwdTile{2, 128, 2, 1};
+    case 128: return plain && !even ? FwdTile{3, 64, 4, 2} : FwdTile{2, 128, 2, 2};
     // Shared memory ends here.
     case 192: return plain ? FwdTile{2, 96, 2, 1} : FwdTile{2, 80, 2, 1};
     default: return plain ? FwdTile{2, 80, 2, 1} : FwdTile{2, 64, 2, 1};

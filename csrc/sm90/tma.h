@@ -33,15 +33,4 @@ FX_DEVICE void copy_tile(SwizzledTile<T, kRows, kCols> dst, const CUtensorMap& m
         : "memory");
 }
 
-// Has a tile brought to the L2 cache, from where it will be copied soon.
-template <typename Tile>
-FX_DEVICE void fetch_to_cache(const CUtensorMap& map, Corner from) {
-#pragma unroll
-  for (int i = 0; i < Tile::kBlocks; ++i)
-    asm volatile(
-        "cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map),
-        "r"(i * kBlockCols), "r"(from.row), "r"(from.head), "r"(from.batch)
-        : "memory");
-}
-
 }  // namespace flash_ext::sm90
