@@ -205,22 +205,45 @@ def test_packed_sequences_need_one_row():
         attention(torch.nn.Module(), *qkv(), None, cu_seq_lens_q=starts, max_length_q=5)
 
 
-@pytest.mark.parametrize("make", (llama, mistral, gemma2, bert), ids=lambda make: make.__name__)
-def test_compiled_without_a_graph_break(make):
+@pytest.mark.parametrize(
+    "make, padded",
+    ((llama, True), (bert, True), (mistral, False), (gemma2, False)),
+    ids=("llama-padded", "bert-padded", "mistral-prompt", "gemma2-prompt"),
+)
+def test_compiled_without_a_graph_break(make, padded):
+    """Output and gradients; the one graph has our op, and for a prompt without padding no mask is given to it."""
     torch.manual_seed(0)
     model = make().eval()
     model.set_attn_implementation(register())
-    inputs = dict(input_ids=tokens(), attention_mask=padding("left"))
+    inputs = dict(input_ids=tokens())
+    if padded:
+        inputs["attention_mask"] = padding("left")
     if make is not bert:
-        inputs["use_cache"] = False
-    expected = model(**inputs)[0]
+        inputs["use_cache"] = not padded  # without a cache, transformers looks for packed sequences
+    graphs = []
+
+    def aot_eager(graph, examples):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, examples)
+
     torch._dynamo.reset()
-    explanation = torch._dynamo.explain(model)(**inputs)
-    assert explanation.graph_break_count == 0, explanation.break_reasons
-    assert any("flash_ext" in str(op) for op in explanation.ops_per_graph[0])
-    torch._dynamo.reset()
-    found = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs)[0]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch._dynamo.utils.counters.clear()
+    weight = next(p for name, p in model.named_parameters() if name.endswith(("q_proj.weight", "query.weight")))
+    outs = [call(**inputs)[0] for call in (torch.compile(model, backend=aot_eager), model)]
+    assert len(graphs) == 1 and sum(torch._dynamo.utils.counters["graph_break"].values()) == 0
+    ops = [node for node in graphs[0].graph.nodes if "flash_ext" in str(node.target)]
+    assert len(ops) == model.config.num_hidden_layers
+    for node in ops:
+        masks = [x for x in (*node.args, *node.kwargs.values()) if is_mask(x)]
+        assert bool(masks) == padded
+    grads = [torch.autograd.grad(out.square().mean(), weight)[0] for out in outs]
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)
+
+
+def is_mask(x):
+    value = x.meta.get("example_value") if isinstance(x, torch.fx.Node) else None
+    return value is not None and value.dtype == torch.bool
 
 
 @pytest.mark.parametrize("cache", ("dynamic", "static"))
