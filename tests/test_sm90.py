@@ -147,6 +147,17 @@ def test_more_tiles_than_multiprocessors(head_dim, is_causal):
         torch.testing.assert_close(lse, other_lse, atol=1e-4, rtol=1e-5)
 
 
+# Rows that fit tiles of 192 and of 128 or 256, and what warpgroups of a tile leave out on both sides, from one tile to
+# the next one of a thread block.
+@dtypes
+@pytest.mark.parametrize("window", [(-1, 0), (100, 0), (70, 60), (300, -1)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+def test_bands_over_many_tiles(head_dim, window, dtype):
+    for seq in (200, 390):
+        case = Case("bands", 1, 160, 80, seq, seq + 150, head_dim, window=window)
+        check(case, dtype, "cuda", "sm90", grads=False)
+
+
 def test_results_repeat_bit_for_bit():
     q, k, v = normal(1, 16, 3000, 128), normal(1, 4, 3000, 128), normal(1, 4, 3000, 128)
     first = flash_ext.attn(q, k, v, is_causal=True, backend="sm90")

@@ -247,6 +247,7 @@ class Compute {
       Place& place = shared.places().task[task_at.stage];
       place.wait_full(task_at.parity);
       FwdTask task = shared.places().tasks[task_at.stage];
+      __syncwarp();  // lanes that go on together need fewer registers
       place.empty.arrive();
       task_at.advance();
       if (task.rows == 0) return;
