@@ -199,6 +199,31 @@ def test_packed_sequences(make):
             torch.testing.assert_close(x, exact, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("make", (llama, mistral), ids=lambda make: make.__name__)
+def test_packed_sequences_need_no_square_mask(make):
+    """transformers makes one from the positions, unless it is told that all tokens are there."""
+    made = []
+
+    def recorded(**options):
+        made.append(integration.mask(**options))
+        return made[-1]
+
+    register("recorded")
+    transformers.AttentionMaskInterface.register("recorded", recorded)
+    torch.manual_seed(0)
+    model = make().eval()
+    starts = torch.tensor([0, 9, 20], dtype=torch.int32)
+    packed = dict(
+        input_ids=torch.randint(3, 100, (1, 20)), position_ids=torch.cat((torch.arange(9), torch.arange(11)))[None],
+        cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=torch.tensor(11), max_length_k=11, use_cache=False,
+    )  # fmt: skip
+    with torch.no_grad():
+        expected = run(model, register(), **packed)
+        found = run(model, "recorded", **packed, attention_mask=torch.ones_like(packed["input_ids"]))
+    assert torch.equal(found, expected)
+    assert len(made) == 1 and (made[0] is None or made[0].numel() == 0)
+
+
 def test_packed_sequences_need_one_row():
     starts = torch.tensor([0, 5], dtype=torch.int32)
     with pytest.raises(ValueError, match="^cu_seq_lens_q: expected a batch of 1"):

@@ -31,6 +31,8 @@ def mask(**options):
     That makes every mask that is not the square triangle: of a chunk of a prompt over what is cached, and of any
     prompt beyond a sliding window. Here they are [1, 1, 0, n], no memory, where no token is padding: each query sees
     the n newest keys up to its own, the last query the last key. A model that computes with it fails by the shape.
+    Under torch.compile nobody can look whether there is padding, or, without a cache, whether sequences are packed:
+    there a mask of tokens, or positions without a cache, means sdpa_mask.
     """
     if not newest_keys_say_all(**options):
         return sdpa_mask(**options)
