@@ -19,6 +19,8 @@ void launch_main(const BwdPlan& plan, void* stream);
 
 // Why these kernels cannot compute it.
 std::optional<std::string> obstacle(const AttnBwdParams& params, const GpuFacts& gpu);
+// Whether they are the faster ones.
+bool worthwhile(const AttnBwdParams& params);
 
 // How to compute it: a pure function of the sizes and options. With `deterministic`, results repeat
 // bit for bit.

@@ -23,6 +23,15 @@ auto encoder() {
 
 }  // namespace
 
+bool can_be_copied(const TensorView& t, Extent extent) {
+  const auto fits = [](int64_t count, int64_t stride) {
+    constexpr int64_t kMost = int64_t{1} << 40;  // bytes
+    return count < 2 || (stride > 0 && stride % 8 == 0 && 2 * stride < kMost);
+  };
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && fits(extent.batch, t.batch_stride) &&
+         fits(extent.heads, t.head_stride) && fits(extent.rows, t.seq_stride);
+}
+
 CUtensorMap tensor_map(const TensorView& tensor, Extent extent, int box_rows) {
   static const auto encode = encoder();
   const auto bytes = [](int64_t count, int64_t stride) -> cuuint64_t {
