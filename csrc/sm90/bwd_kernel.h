@@ -59,6 +59,7 @@ struct BwdShared {
     Stats stats[Config::kQStages];
     Place q[Config::kQStages], rows[Config::kQStages], grad_o[Config::kGradStages], dq;
     Mbarrier kv;
+    BwdTask task;  // here, because registers are dear
   };
   static constexpr int kBytes = kRest + static_cast<int>(sizeof(Rest));
   unsigned char* base;
@@ -240,11 +241,18 @@ class BwdCompute {
   typename BwdShared<Config>::Rest& rest;
   const int id, warp_row;
   const float scale;
-  int block;  // of rows
-  RingPosition<Config::kQStages> q_at;
-  RingPosition<Config::kGradStages> grad_at;
-  RingPosition<2> ds_at;
-  unsigned dq_parity = 0;
+  int block;     // of rows
+  int step = 0;  // blocks before this one
+
+  // Where the rings are at a step.
+  template <int kStages>
+  struct At {
+    int stage;
+    unsigned parity;
+    FX_DEVICE explicit At(int step) : stage(step % kStages), parity(step / kStages % 2) {}
+  };
+  using QAt = At<Config::kQStages>;
+  using GradAt = At<Config::kGradStages>;
 
   FX_DEVICE void all_there() { barrier_wait(1, kComputing); }
   FX_DEVICE void wait_for_warpgroup() { barrier_wait(2 + id, kWarpgroup); }
@@ -259,37 +267,42 @@ class BwdCompute {
     wait_for_warpgroup();  // all rows are clear
   }
 
-  FX_DEVICE void start_scores(Scores& s, RingPosition<Config::kQStages> at, int of_block) {
+  FX_DEVICE void wait_for_rows() {
+    const QAt at(step);
+    rest.rows[at.stage].wait_full(at.parity);
+  }
+  FX_DEVICE void start_scores(Scores& s, int of_step, int of_block) {
+    const QAt at(of_step);
     rest.q[at.stage].wait_full(at.parity);
     clear_tail(shared.q(at.stage), of_block);
     wgmma_fence();
     start_abt<kHeadDim>(s, shared.k(), shared.q(at.stage), 64 * id);  // s = k q^T
     wgmma_commit();
   }
-  FX_DEVICE void start_gradients(Scores& dp, int of_block) {
-    rest.grad_o[grad_at.stage].wait_full(grad_at.parity);
-    clear_tail(shared.grad_o(grad_at.stage), of_block);
+  FX_DEVICE void start_gradients(Scores& dp) {
+    const GradAt at(step);
+    rest.grad_o[at.stage].wait_full(at.parity);
+    clear_tail(shared.grad_o(at.stage), block);
     wgmma_fence();
-    start_abt<kHeadDim>(dp, shared.v(), shared.grad_o(grad_at.stage), 64 * id);  // v grad_o^T
+    start_abt<kHeadDim>(dp, shared.v(), shared.grad_o(at.stage), 64 * id);  // v grad_o^T
     wgmma_commit();
   }
   FX_DEVICE void start_dv(KvGrad& dv, const Weights& weights) {
     wgmma_fence();
-    start_ab(dv, weights, shared.grad_o(grad_at.stage));  // dv += weights grad_o
+    start_ab(dv, weights, shared.grad_o(GradAt(step).stage));  // dv += weights grad_o
     wgmma_commit();
   }
   FX_DEVICE void start_dk(KvGrad& dk, const Weights& ds) {
     wgmma_fence();
-    start_ab(dk, ds, shared.q(q_at.stage));  // dk += ds q
+    start_ab(dk, ds, shared.q(QAt(step).stage));  // dk += ds q
     wgmma_commit();
   }
   FX_DEVICE void start_dq(DqPart& dq) {
     wgmma_fence();
     const int from = 64 * id;
-    const auto ds = shared.ds(ds_at.stage);
+    const auto ds = shared.ds(step % 2);
     start_atb(dq, ds, Config::kDqByRows ? from : 0, shared.k(), Config::kDqByRows ? 0 : from);
     wgmma_commit();
-    ds_at.advance();
   }
 
   // f(value, slot of its row, column, the column's number of `of_column`).
@@ -310,7 +323,7 @@ class BwdCompute {
 
   // Scores become weights.
   FX_DEVICE void weigh(Scores& s) {
-    with_columns(s, rest.stats[q_at.stage].lse, [&](float& x, int, int, int, int, float lse) {
+    with_columns(s, rest.stats[QAt(step).stage].lse, [&](float& x, int, int, int, int, float lse) {
       x = fast_exp2(fmaf(x, scale, -lse));
     });
     if (block >= task.whole_begin && block < task.whole_end) return;
@@ -331,18 +344,17 @@ class BwdCompute {
   }
   // The gradients of scores, to registers and shared memory.
   FX_DEVICE void differentiate(Scores& dp, const Scores& weights, Weights& ds) {
-    with_columns(dp, rest.stats[q_at.stage].delta,
+    with_columns(dp, rest.stats[QAt(step).stage].delta,
                  [&](float& x, int n, int i, int, int, float delta) {
                    x = weights.atom[0][n].reg[i] * (x - delta);
                  });
     round(dp, ds);
-    store_operand(ds, shared.ds(ds_at.stage), 64 * id + warp_row);
+    store_operand(ds, shared.ds(step % 2), 64 * id + warp_row);
     ptx::fence_proxy_async();  // wgmma sees it after the next barrier
   }
 
   FX_DEVICE void hand_over(const DqPart& dq, int head) {
-    rest.dq.wait_empty(dq_parity);
-    dq_parity ^= 1;
+    rest.dq.wait_empty(step % 2);
     const int row0 = (Config::kDqByRows ? 64 * id : 0) + warp_row;
     const int col0 = Config::kDqByRows ? 0 : 64 * id;
     const int flip = (static_cast<int>(first_row_of(args, task, head)) + dq.row(0, 0)) % 4 * 8;
@@ -371,10 +383,10 @@ class BwdCompute {
     DqPart dq;
     int head = 0;
 #pragma unroll 1
-    for (; steps > 0; --steps) {
-      start_scores(s, q_at, block);
-      start_gradients(dp, block);
-      rest.rows[q_at.stage].wait_full(q_at.parity);
+    for (; step < steps; ++step) {
+      start_scores(s, step, block);
+      start_gradients(dp);
+      wait_for_rows();
       wgmma_wait<1>();
       arrived(s);
       weigh(s);
@@ -391,19 +403,17 @@ class BwdCompute {
         round(s, weights);
         start_dv(dv, weights);
       }
-      rest.rows[q_at.stage].release();
+      rest.rows[QAt(step).stage].release();
       all_there();  // the gradients of both
       start_dq(dq);
       start_dk(dk, ds);
       wgmma_wait<1>();
       arrived(dv), arrived(dq);
-      rest.grad_o[grad_at.stage].release();
-      grad_at.advance();
+      rest.grad_o[GradAt(step).stage].release();
       hand_over(dq, head);
       wgmma_wait<0>();
       arrived(dk);
-      rest.q[q_at.stage].release();
-      q_at.advance();
+      rest.q[QAt(step).stage].release();
       if (block == task.block_begin) ++head;
       block = next_block();
     }
@@ -416,26 +426,31 @@ class BwdCompute {
     Weights weights, ds;
     DqPart dq;
     int head = 0;
-    start_scores(s, q_at, block);
+    start_scores(s, step, block);
     wgmma_wait<0>();
     arrived(s);
-    start_gradients(dp, block);
-    const auto step = [&](auto more) {
-      rest.rows[q_at.stage].wait_full(q_at.parity);
+    start_gradients(dp);
+    const auto one = [&](auto more) {
+      wait_for_rows();
       weigh(s);
-      round(s, weights);
-      wgmma_wait<0>();
-      arrived(dp);
-      start_dv(dv, weights);
-      differentiate(dp, s, ds);
-      rest.rows[q_at.stage].release();
-      auto next_q = q_at;
-      next_q.advance();
-      if constexpr (more()) start_scores(s, next_q, next_block());
+      if constexpr (Config::kTile.early_dv) {
+        round(s, weights);
+        wgmma_wait<0>();
+        arrived(dp);
+        start_dv(dv, weights);
+        differentiate(dp, s, ds);
+      } else {
+        wgmma_wait<0>();
+        arrived(dp);
+        differentiate(dp, s, ds);
+        round(s, weights);
+        start_dv(dv, weights);
+      }
+      rest.rows[QAt(step).stage].release();
+      if constexpr (more()) start_scores(s, step + 1, next_block());
       wgmma_wait<more()>();
       arrived(dv);
-      rest.grad_o[grad_at.stage].release();
-      grad_at.advance();
+      rest.grad_o[GradAt(step).stage].release();
       all_there();  // the gradients of both
       start_dq(dq);
       start_dk(dk, ds);
@@ -445,15 +460,15 @@ class BwdCompute {
       hand_over(dq, head);
       if (block == task.block_begin) ++head;
       block = next_block();
-      if constexpr (more()) start_gradients(dp, block);
+      ++step;
+      if constexpr (more()) start_gradients(dp);
       wgmma_wait<more()>();
       arrived(dk);
-      rest.q[q_at.stage].release();
-      q_at = next_q;
+      rest.q[QAt(step - 1).stage].release();
     };
 #pragma unroll 1
-    while (--steps > 0) step(std::true_type{});
-    step(std::false_type{});
+    while (step + 1 < steps) one(std::true_type{});
+    one(std::false_type{});
   }
 
   // Rounds a warp's 16 rows, and writes them through shared memory.
@@ -481,16 +496,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #if __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) unsigned char smem[];
   const BwdShared<Config> shared{smem};
-  const auto [key_block, group] =
-      block_of_group(blockIdx.x, args.blocks_kv, args.groups, args.groups_at_once);
-  const BwdTask task = bwd_task<Config::kBlockKV, Config::kBlockQ>(
-      args, group * args.heads_of_group, key_block);
-  if (task.key0 >= task.seq_kv) return;  // this sequence is shorter than the longest
+  BwdTask& task = shared.rest().task;
   if (threadIdx.x == 0) {
+    const auto [key_block, group] =
+        block_of_group(blockIdx.x, args.blocks_kv, args.groups, args.groups_at_once);
+    task = bwd_task<Config::kBlockKV, Config::kBlockQ>(args, group * args.heads_of_group, key_block);
     prefetch(args.q_map), prefetch(args.k_map), prefetch(args.v_map), prefetch(args.grad_o_map);
     shared.init();
   }
-  __syncthreads();  // the barriers are set up
+  __syncthreads();  // the task is there, and the barriers are set up
+  if (task.key0 >= task.seq_kv) return;  // this sequence is shorter than the longest
   if (const int warpgroup = warpgroup_id(); warpgroup == 0) {
     give_registers_away<Config::kTile.loader_registers>();
     const int warp = uniform(static_cast<int>(warp_id()));
