@@ -8,6 +8,8 @@ import torch
 
 import flash_ext
 
+OURS = {"flash_ext": {}, "gpu": {"backend": "gpu"}, "deterministic": {"deterministic": True}}
+
 
 def rows():
     """(case, dtype): the forward's, but for decoding."""
@@ -20,10 +22,8 @@ def calls(case, dtype, names):
     grad_out = torch.randn_like(q)
     found = {}
     for name in names:
-        if name == "flash_ext":
-            call = partial(flash_ext.attn, q, k, v, is_causal=case.is_causal, backend="gpu")
-        elif name == "deterministic":
-            call = partial(flash_ext.attn, q, k, v, is_causal=case.is_causal, backend="gpu", deterministic=True)
+        if name in OURS:
+            call = partial(flash_ext.attn, q, k, v, is_causal=case.is_causal, **OURS[name])
         else:
             call = gpu.sdpa_call(gpu.PEERS[name], case, q, k, v)
         with gpu.without_what_fails(case, name):
@@ -33,4 +33,4 @@ def calls(case, dtype, names):
 
 
 if __name__ == "__main__":
-    gpu.main(__doc__, "gpu-backward", rows(), calls, ["flash_ext", "deterministic"], backward=True)
+    gpu.main(__doc__, "gpu-backward", rows(), calls, list(OURS), backward=True)

@@ -345,9 +345,7 @@ def vmap_attn_bwd(info, in_dims, *args):
         sum_mask_grad = attn_mask.shape[1 if mask_dim == 0 else 0] == 1  # a gradient for each call, over its batch
         attn_mask = fold(attn_mask, mask_dim, size, batch)
     alibi_slopes = fold_slopes(alibi_slopes, slopes_dim, size, batch)
-    dq, dk, dv, dmask, dsinks = op(
-        *tensors, *numbers, attn_mask, alibi_slopes, sinks, rng_state, need_mask_grad, *how
-    )
+    dq, dk, dv, dmask, dsinks = op(*tensors, *numbers, attn_mask, alibi_slopes, sinks, rng_state, need_mask_grad, *how)
     dq, dk, dv = (x.unflatten(0, (size, batch)) for x in (dq, dk, dv))
     if need_mask_grad:
         dmask = dmask.unflatten(0, (size, batch))

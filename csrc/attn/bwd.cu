@@ -46,7 +46,8 @@ BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic
   args.blocks_q = static_cast<int>(ceil_div(p.seq_q * pack, tile.block_q));
   plan.takes_turns = deterministic;
 
-  args.groups_at_once = groups_at_once(args, gpu, int64_t{gpu.multiprocessors} * tile.blocks_per_sm);
+  args.groups_at_once =
+      groups_at_once(args, gpu, int64_t{gpu.multiprocessors} * tile.blocks_per_sm);
   return plan;
 }
 

@@ -13,9 +13,9 @@ struct RowStats {
 
 struct BwdArgs {
   AttnBwdParams params;
-  Divisor pack;            // heads whose rows are packed, see RowGroup: all that share a KV head, or 1
-  int blocks_kv = 0;       // blocks of keys that the longest sequence fills
-  int64_t groups = 0;      // batch * heads_kv
+  Divisor pack;        // heads whose rows are packed, see RowGroup: all that share a KV head, or 1
+  int blocks_kv = 0;   // blocks of keys that the longest sequence fills
+  int64_t groups = 0;  // batch * heads_kv
   int groups_at_once = 1;  // whose tensors stay in the L2 cache together
   // Of all query rows, in the order (packed heads or (batch, packed heads), query, head of those).
   int64_t rows = 0;

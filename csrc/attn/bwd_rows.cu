@@ -156,8 +156,8 @@ void launch_bwd_start(const BwdSums& sums, void* stream) {
   const BwdArgs& args = sums.args;
   if (args.rows == 0) return;
   if (args.turns)
-    FX_CUDA_CHECK(cudaMemsetAsync(args.turns, 0, sums.turns() * sizeof(int),
-                                  static_cast<stream_t>(stream)));
+    FX_CUDA_CHECK(
+        cudaMemsetAsync(args.turns, 0, sums.turns() * sizeof(int), static_cast<stream_t>(stream)));
   with_element(args.params.dtype, [&](auto element) {
     start_kernel<decltype(element)>
         <<<blocks_for(args.rows * kLanesOfRow), kThreads, 0, static_cast<stream_t>(stream)>>>(args);

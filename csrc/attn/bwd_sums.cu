@@ -1,9 +1,8 @@
 #include "../vendor.h"
 
-#include "bwd_sums.h"
-
 #include <algorithm>
 
+#include "bwd_sums.h"
 #include "plan.h"
 
 namespace flash_ext {
@@ -23,7 +22,8 @@ int64_t BwdSums::dq_floats() const { return args.rows * args.dq_cols; }
 
 int64_t BwdSums::turns() const {
   if (!takes_turns) return 0;
-  const int64_t groups = args.params.batch * args.params.heads_q / std::max(args.pack.by, 1);
+  const int64_t groups =
+      args.params.batch * args.params.heads_q / std::max<int64_t>(args.pack.by, 1);
   return ceil_div(groups * args.blocks_q, 2) * 2;
 }
 

@@ -1,11 +1,10 @@
 #include "../vendor.h"
 
-#include "bwd.h"
-
 #include <algorithm>
 
 #include "../attn/plan.h"
 #include "../gpu_check.h"
+#include "bwd.h"
 #include "fwd.h"
 #include "tensor_map.h"
 
@@ -39,8 +38,7 @@ std::optional<std::string> obstacle(const AttnBwdParams& p, const GpuFacts& gpu)
 // The portable kernels pack heads that share keys into one block of rows, and have tiles of head_dim
 // 32.
 bool worthwhile(const AttnBwdParams& p) {
-  if (std::max(p.head_dim, p.head_dim_v) <= 32 && p.seq_q < 1024) return false;
-  return p.seq_q > 64 || p.heads_q == p.heads_kv;
+  return p.seq_q > 64 && std::max(p.head_dim, p.head_dim_v) > 32;
 }
 
 BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic) {

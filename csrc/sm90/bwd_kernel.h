@@ -166,8 +166,8 @@ FX_DEVICE void add_dq(const BwdArgs& args, const BwdTask& task, BwdShared<Config
     int turn = 0;
     if (args.turns) {
       counter = args.turns + (int64_t{task.group} + head) * args.blocks_q + block;
-      turn = (task.key0 - std::max(row0 - task.left, 0) / Config::kBlockKV * Config::kBlockKV) /
-             Config::kBlockKV;
+      // All from the first that its first row sees come before.
+      turn = task.key0 / Config::kBlockKV - std::max(row0 - task.left, 0) / Config::kBlockKV;
     }
     place.wait_full(parity);
     if (args.turns)
@@ -182,6 +182,7 @@ FX_DEVICE void add_dq(const BwdArgs& args, const BwdTask& task, BwdShared<Config
     }
     parity ^= 1;
   });
+  wait_add_async();  // shared memory is read until then
 }
 
 // Packed tensors: what follows the last row belongs to another sequence, and may be NaN, which a
@@ -223,10 +224,7 @@ class BwdCompute {
       all_there();
     }
     const int steps = args.heads_of_group * std::max(task.block_end - task.block_begin, 0);
-    if (steps > 0) {
-      if constexpr (Config::kTile.ahead) all_blocks_ahead(dk, dv, steps);
-      else all_blocks(dk, dv, steps);
-    }
+    all_blocks(dk, dv, steps);
     dk.for_each([&](float& x, int, int, int) { x *= static_cast<float>(p.scale); });
     all_there();  // nobody reads k and v any more
     write(dk, shared.k(), p.dk, static_cast<int>(p.head_dim));
@@ -244,7 +242,7 @@ class BwdCompute {
   int block;     // of rows
   int step = 0;  // blocks before this one
 
-  // Where the rings are at a step.
+  // Where a ring is at a step.
   template <int kStages>
   struct At {
     int stage;
@@ -257,11 +255,8 @@ class BwdCompute {
   FX_DEVICE void all_there() { barrier_wait(1, kComputing); }
   FX_DEVICE void wait_for_warpgroup() { barrier_wait(2 + id, kWarpgroup); }
 
-  FX_DEVICE int next_block() const {
-    return block == task.block_begin ? task.block_end - 1 : block - 1;
-  }
-  FX_DEVICE void clear_tail(typename Config::QTile tile, int of_block) {
-    const int left = task.rows - of_block * kBlockQ;
+  FX_DEVICE void clear_tail(typename Config::QTile tile) {
+    const int left = task.rows - block * kBlockQ;
     if (!p.cu_seqlens_q || left >= kBlockQ) return;
     clear_rows(tile, left, kBlockQ, threadIdx.x % kWarpgroup, kWarpgroup);
     wait_for_warpgroup();  // all rows are clear
@@ -271,10 +266,10 @@ class BwdCompute {
     const QAt at(step);
     rest.rows[at.stage].wait_full(at.parity);
   }
-  FX_DEVICE void start_scores(Scores& s, int of_step, int of_block) {
-    const QAt at(of_step);
+  FX_DEVICE void start_scores(Scores& s) {
+    const QAt at(step);
     rest.q[at.stage].wait_full(at.parity);
-    clear_tail(shared.q(at.stage), of_block);
+    clear_tail(shared.q(at.stage));
     wgmma_fence();
     start_abt<kHeadDim>(s, shared.k(), shared.q(at.stage), 64 * id);  // s = k q^T
     wgmma_commit();
@@ -282,7 +277,7 @@ class BwdCompute {
   FX_DEVICE void start_gradients(Scores& dp) {
     const GradAt at(step);
     rest.grad_o[at.stage].wait_full(at.parity);
-    clear_tail(shared.grad_o(at.stage), block);
+    clear_tail(shared.grad_o(at.stage));
     wgmma_fence();
     start_abt<kHeadDim>(dp, shared.v(), shared.grad_o(at.stage), 64 * id);  // v grad_o^T
     wgmma_commit();
@@ -305,7 +300,7 @@ class BwdCompute {
     wgmma_commit();
   }
 
-  // f(value, slot of its row, column, the column's number of `of_column`).
+  // f(value, atom, register of it, the column's number of `of_column`).
   template <typename F>
   FX_DEVICE static void with_columns(Scores& x, const float* of_column, F f) {
 #pragma unroll
@@ -316,16 +311,14 @@ class BwdCompute {
         const float2 y = *reinterpret_cast<const float2*>(of_column + col);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          f(x.atom[0][n].reg[4 * half + i], n, 4 * half + i, i / 2, col + i % 2,
-            i % 2 ? y.y : y.x);
+          f(x.atom[0][n].reg[4 * half + i], n, 4 * half + i, i % 2 ? y.y : y.x);
       }
   }
 
   // Scores become weights.
   FX_DEVICE void weigh(Scores& s) {
-    with_columns(s, rest.stats[QAt(step).stage].lse, [&](float& x, int, int, int, int, float lse) {
-      x = fast_exp2(fmaf(x, scale, -lse));
-    });
+    with_columns(s, rest.stats[QAt(step).stage].lse,
+                 [&](float& x, int, int, float lse) { x = fast_exp2(fmaf(x, scale, -lse)); });
     if (block >= task.whole_begin && block < task.whole_end) return;
     int begin[2], end[2];  // the rows that see a key
 #pragma unroll
@@ -344,10 +337,9 @@ class BwdCompute {
   }
   // The gradients of scores, to registers and shared memory.
   FX_DEVICE void differentiate(Scores& dp, const Scores& weights, Weights& ds) {
-    with_columns(dp, rest.stats[QAt(step).stage].delta,
-                 [&](float& x, int n, int i, int, int, float delta) {
-                   x = weights.atom[0][n].reg[i] * (x - delta);
-                 });
+    with_columns(dp, rest.stats[QAt(step).stage].delta, [&](float& x, int n, int i, float delta) {
+      x = weights.atom[0][n].reg[i] * (x - delta);
+    });
     round(dp, ds);
     store_operand(ds, shared.ds(step % 2), 64 * id + warp_row);
     ptx::fence_proxy_async();  // wgmma sees it after the next barrier
@@ -384,7 +376,7 @@ class BwdCompute {
     int head = 0;
 #pragma unroll 1
     for (; step < steps; ++step) {
-      start_scores(s, step, block);
+      start_scores(s);
       start_gradients(dp);
       wait_for_rows();
       wgmma_wait<1>();
@@ -414,61 +406,8 @@ class BwdCompute {
       wgmma_wait<0>();
       arrived(dk);
       rest.q[QAt(step).stage].release();
-      if (block == task.block_begin) ++head;
-      block = next_block();
+      if (--block < task.block_begin) block = task.block_end - 1, ++head;
     }
-  }
-
-  // The next block's scores are computed before this one's gradients, so that something is there to
-  // be computed while its products with grad_o run.
-  FX_DEVICE void all_blocks_ahead(KvGrad& dk, KvGrad& dv, int steps) {
-    Scores s, dp;
-    Weights weights, ds;
-    DqPart dq;
-    int head = 0;
-    start_scores(s, step, block);
-    wgmma_wait<0>();
-    arrived(s);
-    start_gradients(dp);
-    const auto one = [&](auto more) {
-      wait_for_rows();
-      weigh(s);
-      if constexpr (Config::kTile.early_dv) {
-        round(s, weights);
-        wgmma_wait<0>();
-        arrived(dp);
-        start_dv(dv, weights);
-        differentiate(dp, s, ds);
-      } else {
-        wgmma_wait<0>();
-        arrived(dp);
-        differentiate(dp, s, ds);
-        round(s, weights);
-        start_dv(dv, weights);
-      }
-      rest.rows[QAt(step).stage].release();
-      if constexpr (more()) start_scores(s, step + 1, next_block());
-      wgmma_wait<more()>();
-      arrived(dv);
-      rest.grad_o[GradAt(step).stage].release();
-      all_there();  // the gradients of both
-      start_dq(dq);
-      start_dk(dk, ds);
-      wgmma_wait<1>();
-      arrived(dq);
-      if constexpr (more()) arrived(s);
-      hand_over(dq, head);
-      if (block == task.block_begin) ++head;
-      block = next_block();
-      ++step;
-      if constexpr (more()) start_gradients(dp);
-      wgmma_wait<more()>();
-      arrived(dk);
-      rest.q[QAt(step - 1).stage].release();
-    };
-#pragma unroll 1
-    while (step + 1 < steps) one(std::true_type{});
-    one(std::false_type{});
   }
 
   // Rounds a warp's 16 rows, and writes them through shared memory.
@@ -500,11 +439,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (threadIdx.x == 0) {
     const auto [key_block, group] =
         block_of_group(blockIdx.x, args.blocks_kv, args.groups, args.groups_at_once);
-    task = bwd_task<Config::kBlockKV, Config::kBlockQ>(args, group * args.heads_of_group, key_block);
+    task =
+        bwd_task<Config::kBlockKV, Config::kBlockQ>(args, group * args.heads_of_group, key_block);
     prefetch(args.q_map), prefetch(args.k_map), prefetch(args.v_map), prefetch(args.grad_o_map);
     shared.init();
   }
-  __syncthreads();  // the task is there, and the barriers are set up
+  __syncthreads();                       // the task is there, and the barriers are set up
   if (task.key0 >= task.seq_kv) return;  // this sequence is shorter than the longest
   if (const int warpgroup = warpgroup_id(); warpgroup == 0) {
     give_registers_away<Config::kTile.loader_registers>();

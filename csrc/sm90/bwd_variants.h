@@ -8,24 +8,22 @@ namespace flash_ext::sm90 {
 inline constexpr int kBwdHeadDims[] = {64, 96, 128};
 
 struct BwdTile {
-  int block_q;      // query rows of a block; a thread block has 128 keys, 64 a warpgroup
+  int block_q;      // query rows of a block
   int q_stages;     // blocks of q in shared memory
   int grad_stages;  // ... of grad_o
-  bool early_dv;
-  bool ahead;       // the next block's scores are computed together with this one's gradients
+  bool early_dv;    // dv's product runs while the scores' gradients are computed
 
+  // A warpgroup has 64 keys, of which its registers hold dk and dv.
   static constexpr int warpgroups = 2, block_kv = 64 * warpgroups;
   // See FwdTile.
   static constexpr int loader_registers = 24, registers = 240;
 };
 
-// A warpgroup's registers hold dk and dv of its keys, and of a block of rows the weights and their
-// gradients in float32 and in 16 bits, and a half of dq.
+// Besides dk and dv registers hold, of a block of rows, weights and their gradients in float32 and in
+// 16 bits, and later half of dq.
 constexpr BwdTile bwd_tile(int head_dim) {
-  switch (head_dim) {
-    case 64: return {128, 2, 2, false, false};
-    default: return {64, 2, 2, true, true};
-  }
+  if (head_dim == 64) return {128, 2, 2, false};  // otherwise registers do not suffice
+  return {64, 2, 2, true};
 }
 
 }  // namespace flash_ext::sm90
