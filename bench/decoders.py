@@ -1,9 +1,9 @@
 """Decoders with the exact shapes of models in use and random weights, in plain PyTorch, as transformers writes them.
 
 Two blocks: RMSNorm, rotary embedding of the whole head_dim, grouped heads and SwiGLU, one after the other (Mistral,
-Llama); LayerNorm, rotary embedding of a part, a plain MLP, biases, attention and MLP side by side (Phi-2). The sizes are
-those of the models' published configurations. Left out is what attention has no part in and what transformers needs for
-its own ends: tokenizer, cache classes, hooks, arguments that pass through.
+Llama); LayerNorm, rotary embedding of a part, a plain MLP, biases, attention and MLP side by side (Phi-2). Sizes are
+those of the published configurations. Left out is what transformers needs for its own ends: cache classes, hooks,
+arguments that pass through.
 
 ATTENTION: name -> function(q, k, v, mask) of [batch, heads, tokens, head_dim] (transposed views), which is causal and
 returns [batch, tokens, heads, head_dim]; only eager attention looks at the mask.

@@ -4,9 +4,9 @@ python bench/prefill.py                                       # on a GPU where t
 python bench/prefill.py --device cpu                          # the same blocks, two layers and few heads, float32
 python bench/prefill.py --models Phi-2 --tokens 512 4096
 
-The models have the exact shapes of Mistral-7B, Llama-3-8B and Phi-2 and random weights; they are written in plain PyTorch
-(bench/decoders.py), not taken from transformers, whose own host work comes on top of these times. A latency is the time
-from the call until the logits of the last token are there, host included: at few tokens it is the host's.
+The models have the exact shapes of Mistral-7B, Llama-3-8B and Phi-2, with random weights, in plain PyTorch
+(bench/decoders.py): not taken from transformers, whose own host work comes on top of these times. A latency is the time
+from the call until the logits of the last token are there, the host's work included.
 """
 
 import common
