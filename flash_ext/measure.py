@@ -4,6 +4,7 @@ import ctypes
 import multiprocessing
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -33,8 +34,8 @@ def interleaved(
 ):
     """Seconds a call of each function in the dict `calls`, by name: of several turns the median, or another `pick`.
 
-    They take turns, so that a slow spell of the machine hits all of them, every other round in reverse, because what
-    ran before leaves a warm chip behind; a turn lasts at least min_seconds. No round is begun after max_seconds, except
+    They take turns, so that a slow spell of the machine hits all of them, each round in another order, because a busy
+    call leaves a warm chip to the next; a turn lasts at least min_seconds. No round is begun after max_seconds, except
     the first.
     """
     repeats = {}
@@ -44,10 +45,11 @@ def interleaved(
             seconds = seconds_per_call(call, 1, device)
         repeats[name] = max(1, round(min_seconds / seconds))
     samples = {name: [] for name in calls}
+    orders = random.Random(0)
     begin = time.perf_counter()
     for done in range(rounds):
         if done == 0 or max_seconds is None or time.perf_counter() - begin < max_seconds:
-            for name in list(calls)[:: -1 if done % 2 else 1]:
+            for name in orders.sample(list(calls), len(calls)):
                 samples[name].append(seconds_per_call(calls[name], repeats[name], device))
         on_round()
     return {name: pick(times) for name, times in samples.items()}
