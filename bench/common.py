@@ -9,7 +9,9 @@ import json
 import platform
 import subprocess
 import sys
+import warnings
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -138,6 +140,17 @@ def fastest(names, case, dtype, device="cpu", backward=False):
     return {name: calls[name] for name in calls if times[name] <= limit}
 
 
+def runs(call):
+    """Whether a peer takes the call: backends that do not raise, and warn why."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            call()
+    except RuntimeError:
+        return False
+    return True
+
+
 # ---- command line
 
 
@@ -148,6 +161,16 @@ def arguments(description):
     parser.add_argument("--threads", type=int, metavar="N", help="threads, instead of torch's choice")
     if native is not None:
         parser.add_argument("--isa", choices=native.cpu_isas(), help="instruction set, instead of the best")
+    return parser
+
+
+def device_arguments(doc):
+    """For a benchmark of CPUs and GPUs alike."""
+    parser = arguments(doc.splitlines()[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=default, help="where it runs")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each; the median counts")
+    parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
     return parser
 
 
@@ -196,6 +219,23 @@ def title(facts):
 
 def announce(facts):
     print(*filter(None, (title(facts), busy())), sep="\n", end="\n\n", flush=True)
+
+
+def announce_device(facts, device):
+    if device == "cpu":
+        return announce(facts)
+    print(f"{facts['gpu']}, torch {facts['torch']}, commit {facts['commit']}\n", flush=True)
+
+
+def finish(name, facts, results, heading, device, plotted):
+    """Saves the results and, where matplotlib is, the plot of (labels, series, xlabel); prints where they are."""
+    print(f"\n{save(name, facts, results)}")
+    if not find_spec("matplotlib"):
+        print("no plot: matplotlib is not installed")
+        return
+    machine = f"{facts['gpu']}, torch {facts['torch']}" if device == "cuda" else title(facts)
+    labels, series, xlabel = plotted
+    print(plot_bars(name, f"{heading}\n{machine}", labels, series, xlabel))
 
 
 def save(name, facts, results):

@@ -17,7 +17,8 @@ STABLE_TORCH_LIBRARY(flash_ext, m) {
       "dropout_p, "
       "Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? rng_state, bool "
       "need_mask_grad, "
-      "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)");
+      "bool deterministic, int kernels=0) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, "
+      "Tensor dsinks)");
   m.def(
       "attn_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
       "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, int window_left=-1, int "
@@ -34,7 +35,7 @@ STABLE_TORCH_LIBRARY(flash_ext, m) {
       "int window_left, int window_right, bool top_left, float softcap, float dropout_p, Tensor? "
       "attn_mask, "
       "Tensor? alibi_slopes, Tensor? sinks, Tensor? rng_state, bool need_mask_grad, bool "
-      "deterministic) "
+      "deterministic, int kernels=0) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)");
 }
 

@@ -4,6 +4,7 @@ import ctypes
 import multiprocessing
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -33,21 +34,23 @@ def interleaved(
 ):
     """Seconds a call of each function in the dict `calls`, by name: of several turns the median, or another `pick`.
 
-    They take turns, so that a slow spell of the machine hits all of them; a turn lasts at least min_seconds. No round
-    is begun after max_seconds, except the first.
+    They take turns, so that a slow spell of the machine hits all of them, each round in another order, because a busy
+    call leaves a warm chip to the next; a turn lasts at least min_seconds. No round is begun after max_seconds, except
+    the first.
     """
     repeats = {}
     for name, call in calls.items():
         seconds = seconds_per_call(call, 1, device)
-        if seconds < min_seconds:  # the first call may be slow for reasons of its own
+        if seconds < max(min_seconds, 0.5):  # the first call may be slow for reasons of its own
             seconds = seconds_per_call(call, 1, device)
         repeats[name] = max(1, round(min_seconds / seconds))
     samples = {name: [] for name in calls}
+    orders = random.Random(0)
     begin = time.perf_counter()
     for done in range(rounds):
         if done == 0 or max_seconds is None or time.perf_counter() - begin < max_seconds:
-            for name, call in calls.items():
-                samples[name].append(seconds_per_call(call, repeats[name], device))
+            for name in orders.sample(list(calls), len(calls)):
+                samples[name].append(seconds_per_call(calls[name], repeats[name], device))
         on_round()
     return {name: pick(times) for name, times in samples.items()}
 

@@ -32,7 +32,7 @@ def fake_attn_fwd(
 
 def fake_attn_bwd(
     grad_out, grad_lse, q, k, v, out, lse, scale, window_left, window_right, top_left, softcap, dropout_p, attn_mask,
-    alibi_slopes, sinks, rng_state, need_mask_grad, deterministic,
+    alibi_slopes, sinks, rng_state, need_mask_grad, deterministic, kernels=0,
 ):  # fmt: skip
     check_dense(
         q, k, v, scale, window_left, window_right, softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state
@@ -59,7 +59,7 @@ def fake_attn_varlen_fwd(
 def fake_attn_varlen_bwd(
     grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, window_left,
     window_right, top_left, softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state, need_mask_grad,
-    deterministic,
+    deterministic, kernels=0,
 ):  # fmt: skip
     check_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, window_left, window_right, softcap,
@@ -137,9 +137,9 @@ class Attn(Function):
     @staticmethod
     def forward(ctx, *args):
         out, lse = call_below(ops.attn_fwd.default, args)
-        q, k, v, *numbers, attn_mask, alibi_slopes, sinks, rng_state, deterministic, _ = args
+        q, k, v, *numbers, attn_mask, alibi_slopes, sinks, rng_state, deterministic, kernels = args
         del numbers[4]  # out_bshd
-        ctx.numbers, ctx.deterministic = numbers, deterministic
+        ctx.numbers, ctx.how = numbers, (deterministic, kernels)
         ctx.save_for_backward(q, k, v, out, lse, attn_mask, alibi_slopes, sinks, rng_state)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -152,7 +152,7 @@ class Attn(Function):
             grad_out = torch.zeros_like(out)
         dq, dk, dv, dmask, dsinks = call_bwd(
             ops.attn_bwd.default, grad_out, grad_lse, q, k, v, out, lse, *ctx.numbers, *options, need_mask_grad,
-            ctx.deterministic,
+            *ctx.how,
         )  # fmt: skip
         dmask, dsinks = dmask if need_mask_grad else None, dsinks if need_sinks_grad else None
         return dq, dk, dv, *(None,) * 7, dmask, None, dsinks, None, None, None
@@ -163,8 +163,8 @@ class AttnVarlen(Function):
     def forward(ctx, *args):
         out, lse = call_below(ops.attn_varlen_fwd.default, args)
         q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers = args[:-6]
-        *options, deterministic, _ = args[-6:]
-        ctx.numbers, ctx.deterministic = numbers, deterministic
+        *options, deterministic, kernels = args[-6:]
+        ctx.numbers, ctx.how = numbers, (deterministic, kernels)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -177,7 +177,7 @@ class AttnVarlen(Function):
             grad_out = torch.zeros_like(out)
         dq, dk, dv, dmask, dsinks = call_bwd(
             ops.attn_varlen_bwd.default, grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
-            *ctx.numbers, *options, need_mask_grad, ctx.deterministic,
+            *ctx.numbers, *options, need_mask_grad, *ctx.how,
         )  # fmt: skip
         dmask, dsinks = dmask if need_mask_grad else None, dsinks if need_sinks_grad else None
         return dq, dk, dv, *(None,) * 10, dmask, None, dsinks, None, None, None
@@ -332,7 +332,8 @@ def vmap_attn_fwd(info, in_dims, *args):
 
 def vmap_attn_bwd(info, in_dims, *args):
     op, size = ops.attn_bwd.default, info.batch_size
-    numbers, (attn_mask, alibi_slopes, sinks, rng_state, need_mask_grad, deterministic) = args[7:13], args[13:]
+    args, in_dims = with_defaults(op, args, in_dims)
+    numbers, (attn_mask, alibi_slopes, sinks, rng_state, need_mask_grad, *how) = args[7:13], args[13:]
     mask_dim, slopes_dim = in_dims[13:15]
     if sinks is not None or rng_state is not None:  # dsinks is a sum over the batch
         return loop(op, size, args, in_dims)
@@ -344,9 +345,7 @@ def vmap_attn_bwd(info, in_dims, *args):
         sum_mask_grad = attn_mask.shape[1 if mask_dim == 0 else 0] == 1  # a gradient for each call, over its batch
         attn_mask = fold(attn_mask, mask_dim, size, batch)
     alibi_slopes = fold_slopes(alibi_slopes, slopes_dim, size, batch)
-    dq, dk, dv, dmask, dsinks = op(
-        *tensors, *numbers, attn_mask, alibi_slopes, sinks, rng_state, need_mask_grad, deterministic
-    )
+    dq, dk, dv, dmask, dsinks = op(*tensors, *numbers, attn_mask, alibi_slopes, sinks, rng_state, need_mask_grad, *how)
     dq, dk, dv = (x.unflatten(0, (size, batch)) for x in (dq, dk, dv))
     if need_mask_grad:
         dmask = dmask.unflatten(0, (size, batch))

@@ -19,13 +19,16 @@ def tensors(head_dim, dtype, seq_q, seq_kv, heads_kv=1):
     return [torch.randn(1, *shape, head_dim, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
 
 
-def step(q, k, v, **options):
-    out = flash_ext.attn(q, k, v, **options, backend="gpu")
+def step(q, k, v, backend="gpu", **options):
+    out = flash_ext.attn(q, k, v, **options, backend=backend)
     torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
 
 def hopper():
     for head_dim in SM90_HEAD_DIMS:
+        for deterministic in (False, True):
+            step(*tensors(head_dim, torch.bfloat16, 300, 400), "sm90", is_causal=True, deterministic=deterministic)
+        step(*tensors(head_dim, torch.bfloat16, 300, 300, heads_kv=2), "sm90", window=(60, 20))
         with torch.no_grad():
             q, k, v = tensors(head_dim, torch.bfloat16, 400, 500)
             flash_ext.attn(q, k, v, is_causal=True, sinks=torch.zeros(2, device="cuda"), backend="sm90")

@@ -420,7 +420,7 @@ def test_deterministic_reaches_the_backward(name):
     def asked_of_backward(deterministic):
         inputs = make_inputs(by_id[name])
         inputs.options["deterministic"] = deterministic
-        return [args[-1] for op, args in op_calls(inputs) if "bwd" in str(op)]
+        return [args[-1] for op, args in op_calls(inputs) if "bwd" in str(op)]  # kernels, a default, is left out
 
     assert asked_of_backward(True) == [True]
     assert asked_of_backward(False) == [False]

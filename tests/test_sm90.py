@@ -176,9 +176,79 @@ def test_cuda_graph():
         assert torch.equal(out, expected)
 
 
-def test_gradients():
-    for head_dim in (64, 80, 128):
-        check(Case("train", 2, 4, 2, 300, 400, head_dim, is_causal=True, sinks=True), torch.bfloat16, "cuda", "sm90")
+# ---- gradients
+
+
+def backward_kernels(q, k, v, **options):
+    """The names of the kernels that compute the gradients of a call."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = flash_ext.attn(*leaves, **options)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        out.backward(torch.randn_like(out))
+        torch.cuda.synchronize()
+    return " ".join(event.key for event in profile.key_averages())
+
+
+def test_which_kernels_compute_gradients():
+    q, k = normal(2, 8, 512, 128), normal(2, 2, 512, 128)
+    assert "sm90::bwd_kernel" in backward_kernels(q, k, k)
+    assert "sm90::bwd_kernel" in backward_kernels(q, k, k, is_causal=True, deterministic=True)
+    for portable in (dict(backend="gpu"), dict(softcap=20.0)):
+        assert "sm90" not in backward_kernels(q, k, k, **portable)
+    few = normal(2, 8, 4, 128)
+    assert "sm90" not in backward_kernels(few, k, k)
+    assert "sm90::bwd_kernel" in backward_kernels(few, k, k, backend="sm90")
+
+
+@dtypes
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 80, 96, 104, 128, 192, 256])
+def test_gradients(head_dim, is_causal, dtype):
+    for seq_q, seq_kv in ((300, 400), (515, 129), (64, 1000), (1, 96), (193, 1)):
+        case = Case("train", 2, 4, 2, seq_q, seq_kv, head_dim, is_causal=is_causal, sinks=True)
+        check(case, dtype, "cuda", "sm90")
+
+
+@pytest.mark.parametrize("head_dim, head_dim_v", [(64, 128), (128, 64), (24, 80), (96, 40)])
+def test_gradients_of_value_head_dim(head_dim, head_dim_v):
+    check(Case("value", 2, 4, 2, 200, 300, head_dim, head_dim_v), torch.bfloat16, "cuda", "sm90")
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_gradients_of_windows(head_dim):
+    for window in ((-1, 100), (300, -1), (200, 40), (0, 300), (0, 0)):
+        for causal_align in ("bottom_right", "top_left"):
+            case = Case("window", 1, 2, 1, 500, 700, head_dim, window=window, causal_align=causal_align, sinks=True)
+            check(case, torch.bfloat16, "cuda", "sm90")
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_gradients_of_packed_sequences(head_dim):
+    for is_causal in (False, True):
+        case = Case(
+            "packed", heads_q=4, heads_kv=2, head_dim=head_dim, is_causal=is_causal,
+            lengths_q=(500, 0, 3, 130, 64), lengths_kv=(300, 7, 0, 1000, 64),
+        )  # fmt: skip
+        check(case, torch.bfloat16, "cuda", "sm90")
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_gradients_of_many_blocks(head_dim, is_causal):
+    """Against the portable kernels, and in deterministic mode bit for bit the same."""
+    q, k, v = (normal(2, n, 2500, head_dim) for n in (16, 4, 4))
+    grad = torch.randn_like(q)
+
+    def gradients(backend, deterministic=False):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = flash_ext.attn(*leaves, is_causal=is_causal, backend=backend, deterministic=deterministic)
+        return torch.autograd.grad(out, leaves, grad)
+
+    for mine, other in zip(gradients("sm90"), gradients("gpu"), strict=True):
+        assert_near(mine, other)
+    first = gradients("sm90", deterministic=True)
+    for _ in range(20):
+        assert all(map(torch.equal, gradients("sm90", deterministic=True), first))
 
 
 def test_strides():

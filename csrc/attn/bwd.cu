@@ -26,7 +26,7 @@ BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic
            "deterministic: the gradient of a broadcast attn_mask is not, on a GPU");
   const int64_t pack = p.heads_q / std::max<int64_t>(p.heads_kv, 1);
 
-  BwdPlan plan{{p.dtype, head_dim, needs_general(p, {p.q, p.k, p.v, p.grad_o, p.dk, p.dv})}, {p}};
+  BwdPlan plan{{{p}}, {p.dtype, head_dim, needs_general(p, {p.q, p.k, p.v, p.grad_o, p.dk, p.dv})}};
   BwdArgs& args = plan.args;
   BwdTile tile = bwd_tile(plan.variant, kAmd);
   if (tile.smem_bytes(plan.variant, gpu.adds_async) > gpu.smem_per_block) {
@@ -46,48 +46,22 @@ BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic
   args.blocks_q = static_cast<int>(ceil_div(p.seq_q * pack, tile.block_q));
   plan.takes_turns = deterministic;
 
-  // As many groups as fit half of the L2 cache with q, grad_o and dq, and as many as fill the device:
-  // one after the other, the last would leave a part of it idle.
-  const int64_t group_bytes =
-      p.seq_q * pack * ((p.head_dim + p.head_dim_v) * element_bytes(p.dtype) + args.dq_cols * 4);
-  const int64_t fit = gpu.l2_bytes / 2 / std::max<int64_t>(group_bytes, 1);
-  const int64_t slots = int64_t{gpu.multiprocessors} * tile.blocks_per_sm;
-  const int64_t fill = slots / std::max<int64_t>(args.blocks_kv, 1);
-  args.groups_at_once = static_cast<int>(
-      std::clamp<int64_t>(std::max<int64_t>(fit, fill), 1, std::max<int64_t>(args.groups, 1)));
+  args.groups_at_once =
+      groups_at_once(args, gpu, int64_t{gpu.multiprocessors} * tile.blocks_per_sm);
   return plan;
-}
-
-int64_t BwdPlan::dq_floats() const { return args.rows * args.dq_cols; }
-
-int64_t BwdPlan::turns() const {
-  return takes_turns ? ceil_div(args.groups * args.blocks_q, 2) * 2 : 0;
-}
-
-int64_t BwdPlan::scratch_floats() const { return dq_floats() + turns() + 2 * args.rows; }
-
-void BwdPlan::use_scratch(float* scratch) {
-  args.dq = scratch;
-  if (takes_turns) args.turns = reinterpret_cast<int*>(scratch + dq_floats());
-  args.stats = reinterpret_cast<RowStats*>(scratch + dq_floats() + turns());
 }
 
 void launch_bwd(const BwdPlan& plan, const GpuFacts& gpu, void* stream) {
   const BwdArgs& args = plan.args;
-  if (args.rows > 0) {
-    if (args.turns)
-      FX_CUDA_CHECK(cudaMemsetAsync(args.turns, 0, plan.turns() * sizeof(int),
-                                    static_cast<stream_t>(stream)));
-    launch_bwd_start(plan, stream);
-  }
-  if (args.params.dsinks) launch_bwd_dsinks(plan, stream);
+  launch_bwd_start(plan, stream);
+  launch_bwd_dsinks(args, stream);
   if (args.groups * args.blocks_kv > 0) {
     const auto launch = with_constants(
         plan.variant.dtype, plan.variant.head_dim,
         [&](auto dtype, auto head_dim) { return find_bwd<dtype(), head_dim()>(plan.variant); });
     launch(args, gpu, stream);
   }
-  if (args.rows > 0) launch_bwd_finish(plan, stream);
+  launch_bwd_finish(args, stream);
 }
 
 }  // namespace flash_ext

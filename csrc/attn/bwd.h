@@ -1,8 +1,7 @@
 // The GPU backward as its callers see it.
 #pragma once
-#include "bwd_args.h"
+#include "bwd_sums.h"
 #include "bwd_variants.h"
-#include "gpu_facts.h"
 
 namespace flash_ext {
 
@@ -11,12 +10,8 @@ using BwdLauncher = void (*)(const BwdArgs&, const GpuFacts&, void* stream);
 template <DType kDType, int kHeadDim>
 BwdLauncher find_bwd(BwdVariant want);
 
-struct BwdPlan {
+struct BwdPlan : BwdSums {
   BwdVariant variant;
-  BwdArgs args;
-  bool takes_turns = false;
-  int64_t dq_floats() const, turns() const, scratch_floats() const;
-  void use_scratch(float* scratch);
 };
 
 // How to compute it: a pure function of the sizes and options. With `deterministic`, results repeat
@@ -25,10 +20,5 @@ BwdPlan plan_bwd(const AttnBwdParams& params, const GpuFacts& gpu, bool determin
 
 // Starts it on a stream of the current device.
 void launch_bwd(const BwdPlan& plan, const GpuFacts& gpu, void* stream);
-
-// The parts before and after the main kernel, in bwd_rows.cu.
-void launch_bwd_start(const BwdPlan& plan, void* stream);
-void launch_bwd_dsinks(const BwdPlan& plan, void* stream);
-void launch_bwd_finish(const BwdPlan& plan, void* stream);
 
 }  // namespace flash_ext

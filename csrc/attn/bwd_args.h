@@ -13,11 +13,11 @@ struct RowStats {
 
 struct BwdArgs {
   AttnBwdParams params;
-  Divisor pack;            // all heads that share a KV head are packed, see RowGroup
-  int blocks_kv = 0;       // blocks of keys that the longest sequence fills
-  int64_t groups = 0;      // batch * heads_kv
+  Divisor pack;        // heads whose rows are packed, see RowGroup: all that share a KV head, or 1
+  int blocks_kv = 0;   // blocks of keys that the longest sequence fills
+  int64_t groups = 0;  // batch * heads_kv
   int groups_at_once = 1;  // whose tensors stay in the L2 cache together
-  // Of all query rows, in the order (KV head or (batch, KV head), query, head of the group).
+  // Of all query rows, in the order (packed heads or (batch, packed heads), query, head of those).
   int64_t rows = 0;
   RowStats* stats = nullptr;  // [rows]
   float* dq = nullptr;        // [rows, dq_cols]: sums without the factor scale
@@ -31,11 +31,12 @@ struct BwdArgs {
   int* turns = nullptr;
   int blocks_q = 0;  // blocks of rows that the longest sequence fills
 
-  // Index of a group's first row; first_q is where its sequence starts in packed tensors.
-  constexpr int64_t first_row(int64_t batch, int64_t kv_head, int64_t first_q) const {
+  // Index of the first row of a sequence's packed heads, the heads_of-th `pack` ones; first_q is where
+  // the sequence starts in packed tensors.
+  constexpr int64_t first_row(int64_t batch, int64_t heads_of, int64_t first_q) const {
     const AttnParams& p = params;
-    if (p.cu_seqlens_q) return (kv_head * p.lse_head_stride + first_q) * pack.by;
-    return (batch * p.heads_kv + kv_head) * p.seq_q * pack.by;
+    if (p.cu_seqlens_q) return (heads_of * p.lse_head_stride + first_q) * pack.by;
+    return (batch * (p.heads_q / pack.by) + heads_of) * p.seq_q * pack.by;
   }
 };
 

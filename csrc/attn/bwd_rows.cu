@@ -4,7 +4,7 @@
 
 #include "../gpu_check.h"
 #include "../tile/platform.h"
-#include "bwd.h"
+#include "bwd_sums.h"
 #include "load_tile.h"
 #include "online_softmax.h"
 
@@ -152,24 +152,29 @@ unsigned blocks_for(int64_t threads) {
 
 }  // namespace
 
-void launch_bwd_start(const BwdPlan& plan, void* stream) {
-  const BwdArgs& args = plan.args;
-  with_element(plan.variant.dtype, [&](auto element) {
+void launch_bwd_start(const BwdSums& sums, void* stream) {
+  const BwdArgs& args = sums.args;
+  if (args.rows == 0) return;
+  if (args.turns)
+    FX_CUDA_CHECK(
+        cudaMemsetAsync(args.turns, 0, sums.turns() * sizeof(int), static_cast<stream_t>(stream)));
+  with_element(args.params.dtype, [&](auto element) {
     start_kernel<decltype(element)>
         <<<blocks_for(args.rows * kLanesOfRow), kThreads, 0, static_cast<stream_t>(stream)>>>(args);
   });
   FX_CUDA_CHECK(cudaGetLastError());
 }
 
-void launch_bwd_dsinks(const BwdPlan& plan, void* stream) {
-  const unsigned heads = static_cast<unsigned>(plan.args.params.heads_q);
-  dsinks_kernel<<<heads, kThreads, 0, static_cast<stream_t>(stream)>>>(plan.args);
+void launch_bwd_dsinks(const BwdArgs& args, void* stream) {
+  if (!args.params.dsinks) return;
+  const unsigned heads = static_cast<unsigned>(args.params.heads_q);
+  dsinks_kernel<<<heads, kThreads, 0, static_cast<stream_t>(stream)>>>(args);
   FX_CUDA_CHECK(cudaGetLastError());
 }
 
-void launch_bwd_finish(const BwdPlan& plan, void* stream) {
-  const BwdArgs& args = plan.args;
-  with_element(plan.variant.dtype, [&](auto element) {
+void launch_bwd_finish(const BwdArgs& args, void* stream) {
+  if (args.rows == 0) return;
+  with_element(args.params.dtype, [&](auto element) {
     finish_kernel<decltype(element)><<<blocks_for(args.rows * dq_chunks(args.params)), kThreads, 0,
                                        static_cast<stream_t>(stream)>>>(args);
   });

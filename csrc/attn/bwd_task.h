@@ -17,7 +17,7 @@ struct BwdTask : RowGroup {
 template <int kBlockKV, int kBlockQ>
 FX_DEVICE BwdTask bwd_task(const BwdArgs& args, unsigned group, int key_block) {
   const RowGroup rows = row_group(args.params, group, args.pack);
-  const int64_t first_row = args.first_row(rows.batch, rows.kv_head, rows.first_q);
+  const int64_t first_row = args.first_row(rows.batch, rows.pack.quotient(rows.head), rows.first_q);
   const int key0 = key_block * kBlockKV;
   BwdTask t{rows, first_row, group, key0, 0, 0, 0, 0};
   if (key0 >= t.seq_kv) return t;

@@ -42,10 +42,11 @@ struct Ops {
                        double scale, int64_t window_left, int64_t window_right, bool top_left,
                        double softcap, double dropout_p, const OptionalTensor& attn_mask,
                        const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
-                       const OptionalTensor& rng_state, bool need_mask_grad, bool deterministic) {
+                       const OptionalTensor& rng_state, bool need_mask_grad, bool deterministic,
+                       int64_t kernels) {
     return kBwd(grad_out, grad_lse, q, k, v, out, lse, nullptr, need_mask_grad, deterministic,
                 {scale, softcap, dropout_p, window_left, window_right, top_left, attn_mask,
-                 alibi_slopes, sinks, rng_state});
+                 alibi_slopes, sinks, rng_state, static_cast<Kernels>(kernels)});
   }
 
   static Five attn_varlen_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse,
@@ -56,11 +57,11 @@ struct Ops {
                               int64_t window_right, bool top_left, double softcap, double dropout_p,
                               const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
                               const OptionalTensor& sinks, const OptionalTensor& rng_state,
-                              bool need_mask_grad, bool deterministic) {
+                              bool need_mask_grad, bool deterministic, int64_t kernels) {
     const Packing packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
     return kBwd(grad_out, grad_lse, q, k, v, out, lse, &packing, need_mask_grad, deterministic,
                 {scale, softcap, dropout_p, window_left, window_right, top_left, attn_mask,
-                 alibi_slopes, sinks, rng_state});
+                 alibi_slopes, sinks, rng_state, static_cast<Kernels>(kernels)});
   }
 };
 

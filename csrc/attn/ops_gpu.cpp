@@ -12,6 +12,7 @@
 #include "bwd.h"
 #include "fwd.h"
 #if defined(FLASH_EXT_WITH_CUDA)
+#include "../sm90/bwd.h"
 #include "../sm90/fwd.h"
 #endif
 #include "ops.h"
@@ -45,33 +46,38 @@ const GpuFacts& facts_of(int32_t device) {
   return facts[device];
 }
 
-// Plans, finds room for what the plan needs besides its results, and starts it.
+// Finds room for what a plan needs besides its results, and starts it.
 template <typename Plan, typename Launch>
-void launch_plan(Plan plan, const FwdCall& call, Launch launch) {
+void launch_plan(Plan plan, const Tensor& like, Launch launch) {
   Tensor scratch;
   if (const int64_t floats = plan.scratch_floats()) {
-    scratch = torch::stable::new_empty(call.lse, {floats});
+    scratch = torch::stable::new_empty(like, {floats});
     plan.use_scratch(static_cast<float*>(scratch.data_ptr()));
   }
   launch(plan);
 }
 
-// Whether the kernels of csrc/sm90 have done it.
-bool ran_on_hopper(const FwdCall& call, const GpuFacts& gpu, void* stream, Kernels kernels) {
+// Whether the kernels of csrc/sm90 are to run it. A gradient that they do not have is left to the
+// portable ones, also where they were asked for.
+bool runs_on_hopper(const FwdCall& call, const GpuFacts& gpu, Kernels kernels) {
   if (kernels == Kernels::portable) return false;
 #if defined(FLASH_EXT_WITH_CUDA)
   const auto obstacle = sm90::obstacle(call.params, gpu);
-  if (!obstacle && (kernels == Kernels::hopper || sm90::worthwhile(call.params))) {
-    launch_plan(sm90::plan_fwd(call.params, gpu), call,
-                [&](const auto& plan) { sm90::launch_fwd(plan, stream); });
-    return true;
-  }
-  const std::string why = obstacle.value_or("");
+  if (!obstacle) return kernels == Kernels::hopper || sm90::worthwhile(call.params);
+  const std::string why = *obstacle;
 #else
   const std::string why = "this is a build for AMD";
 #endif
   FX_CHECK(kernels != Kernels::hopper, "backend: 'sm90' cannot run this call: ", why);
   return false;
+}
+bool runs_on_hopper(const BwdCall& call, const GpuFacts& gpu, Kernels kernels) {
+#if defined(FLASH_EXT_WITH_CUDA)
+  return kernels != Kernels::portable && !sm90::obstacle(call.params, gpu) &&
+         (kernels == Kernels::hopper || sm90::worthwhile(call.params));
+#else
+  return false;
+#endif
 }
 
 Pair run_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Packing* packing,
@@ -82,9 +88,14 @@ Pair run_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Packing* p
   const CurrentDevice current(device);
   const GpuFacts& gpu = facts_of(device);
   void* stream = current_stream(device);
-  if (!ran_on_hopper(call, gpu, stream, options.kernels))
-    launch_plan(plan_fwd(call.params, gpu), call,
+  if (!runs_on_hopper(call, gpu, options.kernels))
+    launch_plan(plan_fwd(call.params, gpu), call.lse,
                 [&](const auto& plan) { launch_fwd(plan, gpu, stream); });
+#if defined(FLASH_EXT_WITH_CUDA)
+  else
+    launch_plan(sm90::plan_fwd(call.params, gpu), call.lse,
+                [&](const auto& plan) { sm90::launch_fwd(plan, stream); });
+#endif
   return {call.result, call.lse};
 }
 
@@ -98,10 +109,15 @@ Five run_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tenso
       prepare_bwd(grad_out, grad_lse, q, k, v, out, lse, packing, need_mask_grad, options);
   const CurrentDevice current(device);
   const GpuFacts& gpu = facts_of(device);
-  BwdPlan plan = plan_bwd(call.params, gpu, deterministic);
-  const Tensor scratch = torch::stable::new_empty(call.dsinks, {plan.scratch_floats()});
-  plan.use_scratch(static_cast<float*>(scratch.data_ptr()));
-  launch_bwd(plan, gpu, current_stream(device));
+  void* stream = current_stream(device);
+  if (!runs_on_hopper(call, gpu, options.kernels))
+    launch_plan(plan_bwd(call.params, gpu, deterministic), call.dsinks,
+                [&](const auto& plan) { launch_bwd(plan, gpu, stream); });
+#if defined(FLASH_EXT_WITH_CUDA)
+  else
+    launch_plan(sm90::plan_bwd(call.params, gpu, deterministic), call.dsinks,
+                [&](const auto& plan) { sm90::launch_bwd(plan, stream); });
+#endif
   return {call.dq, call.dk, call.dv, call.finished_dmask(options.attn_mask), call.dsinks};
 }
 

@@ -5,6 +5,7 @@
 #include "../attn/plan.h"
 #include "../gpu_check.h"
 #include "fwd.h"
+#include "tensor_map.h"
 
 namespace flash_ext::sm90 {
 namespace {
@@ -16,16 +17,6 @@ constexpr bool built_for_hopper() {
   for (int arch : {__CUDA_ARCH_LIST__})
     if (arch == 900) return true;
   return false;
-}
-
-// The copy engine's condition on a tensor: addresses in 16 bytes, and no dimension that stands still.
-bool can_be_copied(const TensorView& t, int64_t batch, int64_t heads, int64_t rows) {
-  const auto fits = [](int64_t count, int64_t stride) {
-    constexpr int64_t kMost = int64_t{1} << 40;  // bytes
-    return count < 2 || (stride > 0 && stride % 8 == 0 && 2 * stride < kMost);
-  };
-  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && fits(batch, t.batch_stride) &&
-         fits(heads, t.head_stride) && fits(rows, t.seq_stride);
 }
 
 template <DType kDType>
@@ -50,9 +41,9 @@ std::optional<std::string> obstacle(const AttnParams& p, const GpuFacts& gpu) {
   if (p.head_dim == 0 || p.head_dim_v == 0) return "there is no column";
   if (p.rows_kv == 0) return "there is no key";
   const int64_t batch = p.cu_seqlens_q ? 1 : p.batch;
-  if (!can_be_copied(p.q, batch, p.heads_q, p.rows_q) ||
-      !can_be_copied(p.k, batch, p.heads_kv, p.rows_kv) ||
-      !can_be_copied(p.v, batch, p.heads_kv, p.rows_kv))
+  if (!can_be_copied(p.q, {batch, p.heads_q, p.rows_q, p.head_dim}) ||
+      !can_be_copied(p.k, {batch, p.heads_kv, p.rows_kv, p.head_dim}) ||
+      !can_be_copied(p.v, {batch, p.heads_kv, p.rows_kv, p.head_dim_v}))
     return "q, k, v: it needs rows aligned to 16 bytes, and none that stand for several";
   if (!in_chunks(p.o, 2)) return "it needs an output aligned to 16 bytes";
   constexpr int64_t kMostRows = int64_t{1} << 29;

@@ -46,6 +46,15 @@ CUtensorMap encoded(const TensorView& tensor, Extent extent, int box_rows) {
 
 }  // namespace
 
+bool can_be_copied(const TensorView& t, Extent extent) {
+  const auto fits = [](int64_t count, int64_t stride) {
+    constexpr int64_t kMost = int64_t{1} << 40;  // bytes
+    return count < 2 || (stride > 0 && stride % 8 == 0 && 2 * stride < kMost);
+  };
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && fits(extent.batch, t.batch_stride) &&
+         fits(extent.heads, t.head_stride) && fits(extent.rows, t.seq_stride);
+}
+
 // Calls come again with tensors at the same places, above all in inference: the latest maps are kept.
 CUtensorMap tensor_map(const TensorView& tensor, Extent extent, int box_rows) {
   struct Kept {

@@ -12,6 +12,8 @@ struct Extent {
   int64_t batch, heads, rows, cols;
   bool operator==(const Extent&) const = default;
 };
+// The copy engine's condition: addresses in 16 bytes, and no dimension that stands still.
+bool can_be_copied(const TensorView& tensor, Extent extent);
 CUtensorMap tensor_map(const TensorView& tensor, Extent extent, int box_rows);
 
 }  // namespace flash_ext::sm90

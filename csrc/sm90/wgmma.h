@@ -39,6 +39,9 @@ struct TypeName<half_t> {
 struct SharedByRows {  // a [64, k] and b [n, k] in shared memory
   static constexpr const char text[] = "da, db, add, 1, 1, 0, 0";
 };
+struct SharedByCols {  // a [k, 64] and b [k, n] in shared memory
+  static constexpr const char text[] = "da, db, add, 1, 1, 1, 1";
+};
 struct RegistersByCols {  // a [64, k] in registers, b [k, n] in shared memory
   static constexpr const char text[] = "{a0, a1, a2, a3}, db, add, 1, 1, 1";
 };
@@ -232,18 +235,33 @@ FX_DEVICE void wgmma_all(AccTile<T, 16, kCols>& c, typename MmaAtom<T>::A a, B b
   }
 }
 
-// Starts c = a b^T, over kK columns: c[64, n], a[64, k], b[n, k].
-template <int kK, typename T, int kCols, int kTileCols>
-FX_DEVICE void start_abt(AccTile<T, 16, kCols>& c, SwizzledTile<T, 64, kTileCols> a,
-                         SwizzledTile<T, kCols, kTileCols> b) {
-  const uint64_t a0 = a.descriptor(), b0 = b.descriptor();
+// An operand that shared memory names.
+template <typename T>
+FX_DEVICE typename MmaAtom<T>::A named(uint64_t descriptor) {
+  return {{static_cast<uint32_t>(descriptor), static_cast<uint32_t>(descriptor >> 32), 0, 0}};
+}
+
+// Starts c = a b^T, over kK columns: c[64, n], a[64, k] from row a_row on, b[n, k].
+template <int kK, typename T, int kCols, int kTileRows, int kTileCols>
+FX_DEVICE void start_abt(AccTile<T, 16, kCols>& c, SwizzledTile<T, kTileRows, kTileCols> a,
+                         SwizzledTile<T, kCols, kTileCols> b, int a_row = 0) {
+  const uint64_t a0 = a.descriptor() + a.step(a_row, 0), b0 = b.descriptor();
 #pragma unroll
   for (int k = 0; k < kK; k += 16) {
-    const uint64_t ak = a0 + a.step(0, k);
     wgmma_all<SharedByRows>(
-        c, {{static_cast<uint32_t>(ak), static_cast<uint32_t>(ak >> 32), 0, 0}},
-        [&](int n) { return b0 + b.step(n, k); }, k > 0);
+        c, named<T>(a0 + a.step(0, k)), [&](int n) { return b0 + b.step(n, k); }, k > 0);
   }
+}
+
+// Starts c = a^T b: c[64, n], a[k, 64] and b[k, n] from a_col and b_col on, multiples of 64.
+template <typename T, int kCols, int kK, int kACols, int kBCols>
+FX_DEVICE void start_atb(AccTile<T, 16, kCols>& c, SwizzledTile<T, kK, kACols> a, int a_col,
+                         SwizzledTile<T, kK, kBCols> b, int b_col) {
+  const uint64_t a0 = a.descriptor() + a.step(0, a_col), b0 = b.descriptor() + b.step(0, b_col);
+#pragma unroll
+  for (int k = 0; k < kK; k += 16)
+    wgmma_all<SharedByCols>(
+        c, named<T>(a0 + a.step(k, 0)), [&](int n) { return b0 + b.step(k, n); }, k > 0);
 }
 
 // Starts c += a b: c[64, n], a[64, k] in registers, b[k, n].

@@ -209,7 +209,7 @@ class Ops:
 
     def attn_bwd(
         self, grad_out, grad_lse, q, k, v, out, lse, scale, window_left, window_right, top_left, softcap, dropout_p,
-        attn_mask, alibi_slopes, sinks, rng_state, need_mask_grad, deterministic,
+        attn_mask, alibi_slopes, sinks, rng_state, need_mask_grad, deterministic, kernels=0,
     ):  # fmt: skip
         options = options_of(
             scale, window_left, window_right, top_left, softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state
@@ -221,7 +221,7 @@ class Ops:
     def attn_varlen_bwd(
         self, grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
         window_left, window_right, top_left, softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state,
-        need_mask_grad, deterministic,
+        need_mask_grad, deterministic, kernels=0,
     ):  # fmt: skip
         options = options_of(
             scale, window_left, window_right, top_left, softcap, dropout_p, attn_mask, alibi_slopes, sinks, rng_state

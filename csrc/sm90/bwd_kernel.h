@@ -1,0 +1,462 @@
+// The main backward kernel for Hopper: dk, dv and the float32 sums of dq, as attn/bwd_kernel.h has
+// them. Two warpgroups own 64 keys each, and query rows pass by in blocks; the scores are transposed,
+// [keys, rows], so that weights and their gradients are the left operands of dv and dk where they are,
+// in registers. Only dq, whose sum goes over the keys of both, needs the gradients in shared memory.
+// Of the other four warps one has the copy engine fill rings of q and grad_o, one puts what must be
+// known of rows beside them, and one has the engine add dq to its sums.
+#pragma once
+#include "../attn/bwd_task.h"
+#include "../attn/element.h"
+#include "../attn/online_softmax.h"
+#include "../tile/atomic.h"
+#include "bwd_args.h"
+#include "bwd_variants.h"
+#include "operand_store.h"
+#include "tma.h"
+#include "warpgroup.h"
+#include "wgmma.h"
+
+namespace flash_ext::sm90 {
+
+template <DType kDType, int kDim, BwdTile kSize = bwd_tile(kDim)>
+struct BwdConfig {
+  using T = Element<kDType>;
+  static constexpr BwdTile kTile = kSize;
+  static constexpr int kHeadDim = kDim, kBlockQ = kTile.block_q, kBlockKV = kTile.block_kv;
+  static constexpr int kWarpgroups = kTile.warpgroups, kThreads = (kWarpgroups + 1) * kWarpgroup;
+  static constexpr int kQStages = kTile.q_stages, kGradStages = kTile.grad_stages;
+  // The warpgroups divide dq's rows where a block has 64 for each, else its columns.
+  static constexpr bool kDqByRows = kBlockQ == 64 * kWarpgroups;
+  static_assert(kDqByRows ? kHeadDim == 64 : kBlockQ == 64 && kHeadDim <= 64 * kWarpgroups);
+
+  using KvTile = SwizzledTile<T, kBlockKV, kHeadDim>;
+  using QTile = SwizzledTile<T, kBlockQ, kHeadDim>;
+  using DsTile = SwizzledTile<T, kBlockKV, kBlockQ>;
+  using Scores = AccTile<T, 16, kBlockQ>;
+  using Weights = OperandTile<T, 16, kBlockQ>;
+  using KvGrad = AccTile<T, 16, kHeadDim>;
+  using DqPart = AccTile<T, 16, 64>;
+};
+
+// What must be known of a block of rows, see RowStats.
+template <int kRows>
+struct BlockStats {
+  float lse[kRows], delta[kRows];
+};
+
+template <typename Config>
+struct BwdShared {
+  using T = typename Config::T;
+  using KvTile = typename Config::KvTile;
+  using QTile = typename Config::QTile;
+  using DsTile = typename Config::DsTile;
+  using Stats = BlockStats<Config::kBlockQ>;
+  static constexpr int kQ = 2 * KvTile::kBytes, kGradO = kQ + Config::kQStages * QTile::kBytes;
+  static constexpr int kDs = kGradO + Config::kGradStages * QTile::kBytes;
+  static constexpr int kDq = kDs + 2 * DsTile::kBytes;
+  static constexpr int kRest = kDq + Config::kBlockQ * Config::kHeadDim * 4;
+  struct Rest {
+    Stats stats[Config::kQStages];
+    Place q[Config::kQStages], rows[Config::kQStages], grad_o[Config::kGradStages], dq;
+    Mbarrier kv;
+    BwdTask task;  // here, because registers are dear
+  };
+  static constexpr int kBytes = kRest + static_cast<int>(sizeof(Rest));
+  unsigned char* base;
+
+  FX_DEVICE Rest& rest() const { return *reinterpret_cast<Rest*>(base + kRest); }
+  FX_DEVICE KvTile k() const { return {reinterpret_cast<T*>(base)}; }
+  FX_DEVICE KvTile v() const { return {reinterpret_cast<T*>(base + KvTile::kBytes)}; }
+  FX_DEVICE QTile q(int stage) const {
+    return {reinterpret_cast<T*>(base + kQ + stage * QTile::kBytes)};
+  }
+  FX_DEVICE QTile grad_o(int stage) const {
+    return {reinterpret_cast<T*>(base + kGradO + stage * QTile::kBytes)};
+  }
+  FX_DEVICE DsTile ds(int i) const {
+    return {reinterpret_cast<T*>(base + kDs + i * DsTile::kBytes)};
+  }
+  FX_DEVICE float* dq() const { return reinterpret_cast<float*>(base + kDq); }
+
+  FX_DEVICE void init() const {
+    constexpr int kWarps = Config::kWarpgroups * kWarpgroup / kWarpSize;
+    for (Place& place : rest().q) place.init(kWarps);
+    for (Place& place : rest().rows) place.init(kWarps);
+    for (Place& place : rest().grad_o) place.init(kWarps);
+    rest().dq.full.init(kWarps), rest().dq.empty.init(1);
+    rest().kv.init(2);
+    Mbarrier::publish_init();
+  }
+};
+
+// The blocks of rows in their order: of each head from the last to the first.
+template <typename F>
+FX_DEVICE void for_each_block(const BwdArgs& args, const BwdTask& task, F f) {
+#pragma unroll 1
+  for (int head = 0; head < args.heads_of_group; ++head)
+#pragma unroll 1
+    for (int block = task.block_end - 1; block >= task.block_begin; --block) f(head, block);
+}
+
+// Index of the first row of the head-th query head, in BwdArgs::stats and dq.
+FX_DEVICE int64_t first_row_of(const BwdArgs& args, const BwdTask& task, int head) {
+  const AttnParams& p = args.params;
+  return task.first_row + head * (p.cu_seqlens_q ? p.lse_head_stride : p.seq_q);
+}
+
+// One thread: everything is loaded in the order in which it is used.
+template <typename Config>
+FX_DEVICE void load(const BwdArgs& args, const BwdTask& task, BwdShared<Config> shared) {
+  auto& rest = shared.rest();
+  const int batch = args.params.cu_seqlens_q ? 0 : task.batch;
+  const Corner keys{static_cast<int>(task.first_k) + task.key0, task.kv_head, batch};
+  copy_tile(shared.k(), args.k_map, keys, rest.kv);
+  copy_tile(shared.v(), args.v_map, keys, rest.kv);
+  RingPosition<Config::kQStages> q_at;
+  RingPosition<Config::kGradStages> grad_at;
+  for_each_block(args, task, [&](int head, int block) {
+    const Corner rows{static_cast<int>(task.first_q) + block * Config::kBlockQ, task.head + head,
+                      batch};
+    Place &q = rest.q[q_at.stage], &grad_o = rest.grad_o[grad_at.stage];
+    q.wait_empty(q_at.parity);
+    copy_tile(shared.q(q_at.stage), args.q_map, rows, q.full);
+    grad_o.wait_empty(grad_at.parity);
+    copy_tile(shared.grad_o(grad_at.stage), args.grad_o_map, rows, grad_o.full);
+    q_at.advance(), grad_at.advance();
+  });
+}
+
+// One warp.
+template <typename Config>
+FX_DEVICE void load_stats(const BwdArgs& args, const BwdTask& task, BwdShared<Config> shared) {
+  constexpr int kCount = Config::kBlockQ / kWarpSize;
+  RingPosition<Config::kQStages> at;
+  for_each_block(args, task, [&](int head, int block) {
+    const RowStats* first = args.stats + first_row_of(args, task, head);
+    RowStats x[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int row = block * Config::kBlockQ + i * kWarpSize + static_cast<int>(lane_id());
+      x[i] = row < task.rows ? first[row] : RowStats{INFINITY, 0.f};
+    }
+    Place& place = shared.rest().rows[at.stage];
+    auto& stats = shared.rest().stats[at.stage];
+    place.wait_empty(at.parity);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int row = i * kWarpSize + static_cast<int>(lane_id());
+      stats.lse[row] = x[i].lse, stats.delta[row] = x[i].delta;
+    }
+    __syncwarp();  // all of it is there
+    if (lane_id() == 0) place.full.arrive();
+    at.advance();
+  });
+}
+
+// One thread: has dq added to the sums. In deterministic mode blocks of keys take turns, in their
+// order; a thread block only waits for such that were started before it.
+template <typename Config>
+FX_DEVICE void add_dq(const BwdArgs& args, const BwdTask& task, BwdShared<Config> shared) {
+  constexpr int kBlockQ = Config::kBlockQ, kHeadDim = Config::kHeadDim;
+  unsigned parity = 0;
+  for_each_block(args, task, [&](int head, int block) {
+    Place& place = shared.rest().dq;
+    const int row0 = block * kBlockQ, rows = std::min(task.rows - row0, kBlockQ);
+    int* counter = nullptr;
+    int turn = 0;
+    if (args.turns) {
+      counter = args.turns + (int64_t{task.group} + head) * args.blocks_q + block;
+      // All from the first that its first row sees come before.
+      turn = task.key0 / Config::kBlockKV - std::max(row0 - task.left, 0) / Config::kBlockKV;
+    }
+    place.wait_full(parity);
+    if (args.turns)
+      while (load_acquire(counter) != turn) {}
+    add_async(args.dq + (first_row_of(args, task, head) + row0) * kHeadDim, shared.dq(),
+              rows * kHeadDim);
+    wait_add_async_read();
+    place.empty.arrive();
+    if (args.turns) {
+      wait_add_async();
+      store_release(counter, turn + 1);
+    }
+    parity ^= 1;
+  });
+  wait_add_async();  // shared memory is read until then
+}
+
+// Packed tensors: what follows the last row belongs to another sequence, and may be NaN, which a
+// weight of zero would not hide. By `count` threads, of which this is the index-th.
+template <typename Tile>
+FX_DEVICE void clear_rows(Tile tile, int from, int rows, int index, int count) {
+  constexpr int kChunks = Tile::kBlocks * kBlockCols / 8;
+  for (int i = index; i < (rows - from) * kChunks; i += count)
+    *reinterpret_cast<uint4*>(tile.at(from + i / kChunks, i % kChunks * 8)) = {0, 0, 0, 0};
+  ptx::fence_proxy_async();  // wgmma sees the zeros after the next barrier
+}
+
+// Warpgroup `id` of those that compute.
+template <typename Config>
+class BwdCompute {
+  using T = typename Config::T;
+  using Scores = typename Config::Scores;
+  using Weights = typename Config::Weights;
+  using KvGrad = typename Config::KvGrad;
+  using DqPart = typename Config::DqPart;
+  static constexpr int kBlockKV = Config::kBlockKV, kBlockQ = Config::kBlockQ;
+  static constexpr int kHeadDim = Config::kHeadDim;
+  static constexpr int kComputing = Config::kWarpgroups * kWarpgroup;
+
+ public:
+  FX_DEVICE BwdCompute(const BwdArgs& args, const BwdTask& task, BwdShared<Config> shared, int id)
+      : args(args), p(args.params), task(task), shared(shared), rest(shared.rest()), id(id),
+        warp_row(uniform(static_cast<int>(warp_id()) % 4) * 16),
+        scale(static_cast<float>(p.scale) * kLog2e), block(task.block_end - 1) {}
+
+  FX_DEVICE void run() {
+    KvGrad dk, dv;
+    dk.clear(), dv.clear();
+    rest.kv.wait(0);
+    if (const int left = task.seq_kv - task.key0; p.cu_seqlens_k && left < kBlockKV) {
+      const int index = static_cast<int>(threadIdx.x) - kWarpgroup;
+      clear_rows(shared.k(), left, kBlockKV, index, kComputing);
+      clear_rows(shared.v(), left, kBlockKV, index, kComputing);
+      all_there();
+    }
+    const int steps = args.heads_of_group * std::max(task.block_end - task.block_begin, 0);
+    all_blocks(dk, dv, steps);
+    dk.for_each([&](float& x, int, int, int) { x *= static_cast<float>(p.scale); });
+    all_there();  // nobody reads k and v any more
+    write(dk, shared.k(), p.dk, static_cast<int>(p.head_dim));
+    write(dv, shared.v(), p.dv, static_cast<int>(p.head_dim_v));
+  }
+
+ private:
+  const BwdArgs& args;
+  const AttnBwdParams& p;
+  const BwdTask& task;
+  const BwdShared<Config> shared;
+  typename BwdShared<Config>::Rest& rest;
+  const int id, warp_row;
+  const float scale;
+  int block;     // of rows
+  int step = 0;  // blocks before this one
+
+  // Where a ring is at a step.
+  template <int kStages>
+  struct At {
+    int stage;
+    unsigned parity;
+    FX_DEVICE explicit At(int step) : stage(step % kStages), parity(step / kStages % 2) {}
+  };
+  using QAt = At<Config::kQStages>;
+  using GradAt = At<Config::kGradStages>;
+
+  FX_DEVICE void all_there() { barrier_wait(1, kComputing); }
+  FX_DEVICE void wait_for_warpgroup() { barrier_wait(2 + id, kWarpgroup); }
+
+  FX_DEVICE void clear_tail(typename Config::QTile tile) {
+    const int left = task.rows - block * kBlockQ;
+    if (!p.cu_seqlens_q || left >= kBlockQ) return;
+    clear_rows(tile, left, kBlockQ, threadIdx.x % kWarpgroup, kWarpgroup);
+    wait_for_warpgroup();  // all rows are clear
+  }
+
+  FX_DEVICE void wait_for_rows() {
+    const QAt at(step);
+    rest.rows[at.stage].wait_full(at.parity);
+  }
+  FX_DEVICE void start_scores(Scores& s) {
+    const QAt at(step);
+    rest.q[at.stage].wait_full(at.parity);
+    clear_tail(shared.q(at.stage));
+    wgmma_fence();
+    start_abt<kHeadDim>(s, shared.k(), shared.q(at.stage), 64 * id);  // s = k q^T
+    wgmma_commit();
+  }
+  FX_DEVICE void start_gradients(Scores& dp) {
+    const GradAt at(step);
+    rest.grad_o[at.stage].wait_full(at.parity);
+    clear_tail(shared.grad_o(at.stage));
+    wgmma_fence();
+    start_abt<kHeadDim>(dp, shared.v(), shared.grad_o(at.stage), 64 * id);  // v grad_o^T
+    wgmma_commit();
+  }
+  FX_DEVICE void start_dv(KvGrad& dv, const Weights& weights) {
+    wgmma_fence();
+    start_ab(dv, weights, shared.grad_o(GradAt(step).stage));  // dv += weights grad_o
+    wgmma_commit();
+  }
+  FX_DEVICE void start_dk(KvGrad& dk, const Weights& ds) {
+    wgmma_fence();
+    start_ab(dk, ds, shared.q(QAt(step).stage));  // dk += ds q
+    wgmma_commit();
+  }
+  FX_DEVICE void start_dq(DqPart& dq) {
+    wgmma_fence();
+    const int from = 64 * id;
+    const auto ds = shared.ds(step % 2);
+    start_atb(dq, ds, Config::kDqByRows ? from : 0, shared.k(), Config::kDqByRows ? 0 : from);
+    wgmma_commit();
+  }
+
+  // f(value, atom, register of it, the column's number of `of_column`).
+  template <typename F>
+  FX_DEVICE static void with_columns(Scores& x, const float* of_column, F f) {
+#pragma unroll
+    for (int n = 0; n < kBlockQ / 16; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int col = 16 * n + 8 * half + static_cast<int>(lane_id() % 4) * 2;
+        const float2 y = *reinterpret_cast<const float2*>(of_column + col);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          f(x.atom[0][n].reg[4 * half + i], n, 4 * half + i, i % 2 ? y.y : y.x);
+      }
+  }
+
+  // Scores become weights.
+  FX_DEVICE void weigh(Scores& s) {
+    with_columns(s, rest.stats[QAt(step).stage].lse,
+                 [&](float& x, int, int, float lse) { x = fast_exp2(fmaf(x, scale, -lse)); });
+    if (block >= task.whole_begin && block < task.whole_end) return;
+    int begin[2], end[2];  // the rows that see a key
+#pragma unroll
+    for (int slot = 0; slot < 2; ++slot) {
+      const int key = task.key0 + 64 * id + warp_row + s.row(0, slot), row0 = block * kBlockQ;
+      begin[slot] = key - task.right - row0;
+      end[slot] = key < task.seq_kv ? key + task.left + 1 - row0 : begin[slot];
+    }
+    s.for_each([&](float& x, int, int slot, int col) {
+      x = col >= begin[slot] && col < end[slot] ? x : 0.f;
+    });
+  }
+  FX_DEVICE static void round(const Scores& x, Weights& to) {
+#pragma unroll
+    for (int n = 0; n < kBlockQ / 16; ++n) to.atom[0][n] = MmaAtom<T>::to_operand(x.atom[0][n]);
+  }
+  // The gradients of scores, to registers and shared memory.
+  FX_DEVICE void differentiate(Scores& dp, const Scores& weights, Weights& ds) {
+    with_columns(dp, rest.stats[QAt(step).stage].delta, [&](float& x, int n, int i, float delta) {
+      x = weights.atom[0][n].reg[i] * (x - delta);
+    });
+    round(dp, ds);
+    store_operand(ds, shared.ds(step % 2), 64 * id + warp_row);
+    ptx::fence_proxy_async();  // wgmma sees it after the next barrier
+  }
+
+  FX_DEVICE void hand_over(const DqPart& dq, int head) {
+    rest.dq.wait_empty(step % 2);
+    const int row0 = (Config::kDqByRows ? 64 * id : 0) + warp_row;
+    const int col0 = Config::kDqByRows ? 0 : 64 * id;
+    const int flip = (static_cast<int>(first_row_of(args, task, head)) + dq.row(0, 0)) % 4 * 8;
+#pragma unroll
+    for (int slot = 0; slot < 2; ++slot) {
+      float* dst = shared.dq() + (row0 + dq.row(0, slot)) * kHeadDim + col0;
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        if (kHeadDim % 64 && 16 * n >= kHeadDim - col0) continue;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float* x = dq.atom[0][n].reg + 4 * half + 2 * slot;
+          const int col = 16 * n + 8 * half + static_cast<int>(lane_id() % 4) * 2;
+          *reinterpret_cast<float2*>(dst + (col ^ flip)) = {x[0], x[1]};
+        }
+      }
+    }
+    publish_to_add_async();
+    __syncwarp();  // the warp's part is there
+    if (lane_id() == 0) rest.dq.full.arrive();
+  }
+
+  FX_DEVICE void all_blocks(KvGrad& dk, KvGrad& dv, int steps) {
+    Scores s, dp;
+    Weights weights, ds;
+    DqPart dq;
+    int head = 0;
+#pragma unroll 1
+    for (; step < steps; ++step) {
+      start_scores(s);
+      start_gradients(dp);
+      wait_for_rows();
+      wgmma_wait<1>();
+      arrived(s);
+      weigh(s);
+      if constexpr (Config::kTile.early_dv) {
+        round(s, weights);
+        wgmma_wait<0>();
+        arrived(dp);
+        start_dv(dv, weights);
+        differentiate(dp, s, ds);
+      } else {
+        wgmma_wait<0>();
+        arrived(dp);
+        differentiate(dp, s, ds);
+        round(s, weights);
+        start_dv(dv, weights);
+      }
+      rest.rows[QAt(step).stage].release();
+      all_there();  // the gradients of both
+      start_dq(dq);
+      start_dk(dk, ds);
+      wgmma_wait<1>();
+      arrived(dv), arrived(dq);
+      rest.grad_o[GradAt(step).stage].release();
+      hand_over(dq, head);
+      wgmma_wait<0>();
+      arrived(dk);
+      rest.q[QAt(step).stage].release();
+      if (--block < task.block_begin) block = task.block_end - 1, ++head;
+    }
+  }
+
+  // Rounds a warp's 16 rows, and writes them through shared memory.
+  FX_DEVICE void write(const KvGrad& x, typename Config::KvTile smem, const TensorView& dst,
+                       int cols) {
+    constexpr int kChunks = kHeadDim / 8;
+    const int first = 64 * id + warp_row;
+    x.store(smem, first);
+    __syncwarp();  // the 16 rows are there
+    T* out = static_cast<T*>(dst.data) + task.kv_offset(dst) +
+             (int64_t{task.key0} + first) * dst.seq_stride;
+#pragma unroll 4
+    for (int i = lane_id(); i < 16 * kChunks; i += kWarpSize) {
+      const int row = i / kChunks, col = i % kChunks * 8;
+      if (task.key0 + first + row < task.seq_kv && col < cols)
+        *reinterpret_cast<uint4*>(out + row * dst.seq_stride + col) =
+            *reinterpret_cast<const uint4*>(smem.at(first + row, col));
+    }
+  }
+};
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    bwd_kernel(const __grid_constant__ BwdArgs args) {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(1024) unsigned char smem[];
+  const BwdShared<Config> shared{smem};
+  BwdTask& task = shared.rest().task;
+  if (threadIdx.x == 0) {
+    const auto [key_block, group] =
+        block_of_group(blockIdx.x, args.blocks_kv, args.groups, args.groups_at_once);
+    task =
+        bwd_task<Config::kBlockKV, Config::kBlockQ>(args, group * args.heads_of_group, key_block);
+    prefetch(args.q_map), prefetch(args.k_map), prefetch(args.v_map), prefetch(args.grad_o_map);
+    shared.init();
+  }
+  __syncthreads();                       // the task is there, and the barriers are set up
+  if (task.key0 >= task.seq_kv) return;  // this sequence is shorter than the longest
+  if (const int warpgroup = warpgroup_id(); warpgroup == 0) {
+    give_registers_away<Config::kTile.loader_registers>();
+    const int warp = uniform(static_cast<int>(warp_id()));
+    if (warp == 0 && lane_id() == 0) load<Config>(args, task, shared);
+    if (warp == 1) load_stats<Config>(args, task, shared);
+    if (warp == 2 && lane_id() == 0) add_dq<Config>(args, task, shared);
+  } else {
+    take_registers<Config::kTile.registers>();
+    BwdCompute<Config>(args, task, shared, warpgroup - 1).run();
+  }
+#endif
+}
+
+}  // namespace flash_ext::sm90

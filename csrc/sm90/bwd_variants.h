@@ -1,0 +1,29 @@
+// Every Hopper backward kernel that is compiled, and the size of its tiles: all tuning is in this table.
+#pragma once
+#include "../attn/params.h"
+
+namespace flash_ext::sm90 {
+
+// Products have these widths; others are filled up with zeros on the way to shared memory.
+inline constexpr int kBwdHeadDims[] = {64, 96, 128};
+
+struct BwdTile {
+  int block_q;      // query rows of a block
+  int q_stages;     // blocks of q in shared memory
+  int grad_stages;  // ... of grad_o
+  bool early_dv;    // dv's product runs while the scores' gradients are computed
+
+  // A warpgroup has 64 keys, of which its registers hold dk and dv.
+  static constexpr int warpgroups = 2, block_kv = 64 * warpgroups;
+  // See FwdTile.
+  static constexpr int loader_registers = 24, registers = 240;
+};
+
+// Besides dk and dv registers hold, of a block of rows, weights and their gradients in float32 and in
+// 16 bits, and later half of dq.
+constexpr BwdTile bwd_tile(int head_dim) {
+  if (head_dim == 64) return {128, 2, 2, false};  // otherwise registers do not suffice
+  return {64, 2, 2, true};
+}
+
+}  // namespace flash_ext::sm90
