@@ -165,7 +165,7 @@ def plot_ratios(name, heading, results, names, peers):
 SERIES = re.compile(r"d(\d+)-(\d+)k(-causal)?")  # the rows that differ in nothing but these
 
 
-def plot_series(name, heading, results, names):
+def plot_series(name, heading, results, names, ceiling=None):
     """TFLOP/s over tokens, a panel for each head_dim and mask, and the rate of a large product; returns the path."""
     import matplotlib
 
@@ -173,8 +173,10 @@ def plot_series(name, heading, results, names):
     from matplotlib import pyplot
 
     found = {match: r["rates"] for r in results if (match := SERIES.fullmatch(r["title"]))}
-    dims = sorted({int(match[1]) for match in found})
-    ceiling = matrix_product_rate()
+    lengths = {int(match[1]): set() for match in found}
+    for match in found:
+        lengths[int(match[1])].add(match[2])
+    dims = sorted(dim for dim, several in lengths.items() if len(several) > 1)
     figure, axes = pyplot.subplots(2, len(dims), figsize=(4 * len(dims), 7), sharey=True, squeeze=False)
     for row, mask in enumerate((None, "-causal")):
         for axis, dim in zip(axes[row], dims, strict=True):
@@ -183,13 +185,15 @@ def plot_series(name, heading, results, names):
                 points = [(tokens, rates[peer]) for tokens, rates in here if peer in rates]
                 if points:
                     axis.plot(*zip(*points, strict=True), marker="o", label=peer, linewidth=3 if peer in OURS else 1)
-            axis.axhline(ceiling, color="gray", linestyle="--", label="matrix product")
-            axis.set(title=f"head_dim {dim}{', causal' if mask else ''}", xscale="log", ylim=(0, None))
+            if ceiling:
+                axis.axhline(ceiling, color="gray", linestyle="--", label="matrix product")
+            axis.set(title=f"head_dim {dim}{', causal' if mask else ''}", xscale="log")
             tokens = [tokens for tokens, _ in here]
             axis.set_xticks(tokens, [f"{n}k" for n in tokens], minor=False)
             axis.minorticks_off()
             axis.grid(alpha=0.3)
         axes[row][0].set_ylabel("TFLOP/s")
+    axes[0][0].set_ylim(bottom=0)  # of all: they share it
     axes[0][0].legend(fontsize=7)
     figure.suptitle(heading, fontsize=9)
     figure.tight_layout()
@@ -232,14 +236,16 @@ def main(title, name, all_rows, calls, names, backward=False, peers_of=peers_of)
         ratios = [r["rates"]["flash_ext"] / r["rates"][peer] for r in results if peer in r["rates"]]
         if ratios:
             print(f"geometric mean over {peer}: {statistics.geometric_mean(ratios):.3f}")
+    if has_series := sum(bool(SERIES.fullmatch(result["title"])) for result in results) > 1:
+        facts["matrix_product"] = matrix_product_rate()  # TFLOP/s
     print(common.save(name, facts, results))
     if not find_spec("matplotlib"):
         print("no plots: matplotlib is not installed")
         return
     heading = f"{title}\n{facts['gpu']}, torch {facts['torch']}"
     print(plot_ratios(name, heading, results, [*names, *peers], peers))
-    if any(SERIES.fullmatch(result["title"]) for result in results):
-        print(plot_series(f"{name}-series", heading, results, [*names, *peers]))
+    if has_series:
+        print(plot_series(f"{name}-series", heading, results, [*names, *peers], facts["matrix_product"]))
 
 
 if __name__ == "__main__":
