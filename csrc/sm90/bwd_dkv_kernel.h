@@ -104,8 +104,8 @@ class DkvCompute {
   int block;       // of rows
   const int tail;  // the block that ends behind a packed sequence's last row
   const int steps;
-  RingPosition<Config::kQStages> q_at, next_q;
-  RingPosition<Config::kGradStages> grad_at, next_grad;
+  RingPosition<Config::kQStages> q_at;
+  RingPosition<Config::kGradStages> grad_at;
   RingPosition<Config::kWeightStages> weights_at;
 
   FX_DEVICE int next_block() const {
