@@ -77,10 +77,10 @@ FX_DEVICE float2 widened(uint32_t pair) {
   else return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 }
 
-// What both warpgroups do alike. Of one that computes, `id` is 0 for dv and 1 for dk.
-template <typename Config>
+// A warpgroup that computes dv, or dk. Both multiply their keys by a block of rows, make an operand of
+// the product, and add its product with other rows to their sum.
+template <typename Config, bool kDk>
 class DkvCompute {
- protected:
   using T = typename Config::T;
   using Scores = typename Config::Scores;
   using Weights = typename Config::Weights;
@@ -88,137 +88,134 @@ class DkvCompute {
   using KvTile = typename Config::KvTile;
   using QTile = typename Config::QTile;
   static constexpr int kBlockQ = Config::kBlockQ, kHeadDim = Config::kHeadDim;
+  static constexpr bool kLate = kDk ? Config::kTile.dk_late : Config::kTile.dv_late;
+  using ProductRing = RingPosition<kDk ? Config::kGradStages : Config::kQStages>;
+  using SumRing = RingPosition<kDk ? Config::kQStages : Config::kGradStages>;
 
-  FX_DEVICE DkvCompute(const BwdArgs& args, const BwdTask& task, DkvShared<Config> shared, int id)
-      : args(args), p(args.params), task(task), shared(shared), rest(shared.rest()), id(id),
-        warp_row(uniform(static_cast<int>(warp_id()) % 4) * 16), block(task.block_end - 1),
+ public:
+  FX_DEVICE DkvCompute(const BwdArgs& args, const BwdTask& task, DkvShared<Config> shared)
+      : p(args.params), task(task), shared(shared), rest(shared.rest()),
+        warp_row(uniform(static_cast<int>(warp_id()) % 4) * 16),
+        scale(static_cast<float>(p.scale) * kLog2e), block_begin(task.block_begin),
+        block_end(task.block_end),
         tail(p.cu_seqlens_q && task.rows % kBlockQ ? task.rows / kBlockQ : -1),
-        steps(args.heads_of_group * std::max(task.block_end - task.block_begin, 0)) {}
+        steps(args.heads_of_group * std::max(block_end - block_begin, 0)), block(block_end - 1) {}
 
-  const BwdArgs& args;
+  FX_DEVICE void run() {
+    KvGrad sum;
+    sum.clear();
+    rest.kv.wait(0);
+    if (steps > 0) all_blocks(sum);
+    if constexpr (kDk)
+      sum.for_each([&](float& x, int, int, int) { x *= static_cast<float>(p.scale); });
+    wait_for_warpgroup();  // nobody reads these keys any more
+    const TensorView& dst = kDk ? p.dk : p.dv;
+    const int key = task.key0 + warp_row;
+    write_rows(sum, keys(), warp_row,
+               static_cast<T*>(dst.data) + task.kv_offset(dst) + int64_t{key} * dst.seq_stride,
+               dst.seq_stride, task.seq_kv - key,
+               static_cast<int>(kDk ? p.head_dim : p.head_dim_v));
+  }
+
+ private:
   const AttnBwdParams& p;
   const BwdTask& task;
   const DkvShared<Config> shared;
   typename DkvShared<Config>::Rest& rest;
-  const int id, warp_row;
-  int block;       // of rows
+  const int warp_row;
+  const float scale;
+  const int block_begin, block_end;  // of rows
   const int tail;  // the block that ends behind a packed sequence's last row
   const int steps;
-  RingPosition<Config::kQStages> q_at;
-  RingPosition<Config::kGradStages> grad_at;
+  int block;  // whose product comes next
+  ProductRing product_at;
+  SumRing sum_at, done_at;
+  RingPosition<Config::kQStages> rows_at;
   RingPosition<Config::kWeightStages> weights_at;
 
-  FX_DEVICE int next_block() const {
-    return block == task.block_begin ? task.block_end - 1 : block - 1;
+  // A number of each of the columns that this lane holds of scores, for each half of an atom.
+  struct OfColumns {
+    float2 pair[kBlockQ / 8];
+  };
+
+  FX_DEVICE KvTile keys() const { return kDk ? shared.v() : shared.k(); }
+  FX_DEVICE Place& product_place() {
+    if constexpr (kDk) return rest.grad_o[product_at.stage];
+    else return rest.q[product_at.stage];
   }
-  FX_DEVICE void wait_for_warpgroup() { barrier_wait(1 + id, kWarpgroup); }
+  FX_DEVICE Place& sum_place(SumRing at) {
+    if constexpr (kDk) return rest.q[at.stage];
+    else return rest.grad_o[at.stage];
+  }
+  FX_DEVICE void wait_for_warpgroup() { barrier_wait(kDk ? 2 : 1, kWarpgroup); }
   // Each warpgroup clears what it reads, and so waits for none.
   FX_DEVICE void clear_tail(QTile tile, int of_block) {
     if (of_block != tail) return;
     clear_rows(tile, task.rows % kBlockQ, kBlockQ, threadIdx.x % kWarpgroup, kWarpgroup);
     wait_for_warpgroup();  // all rows are clear
   }
-  FX_DEVICE QTile arrived_q(RingPosition<Config::kQStages> at, int of_block) {
-    rest.q[at.stage].wait_full(at.parity);
-    clear_tail(shared.q(at.stage), of_block);
-    return shared.q(at.stage);
-  }
-  FX_DEVICE QTile arrived_grad(RingPosition<Config::kGradStages> at, int of_block) {
-    rest.grad_o[at.stage].wait_full(at.parity);
-    clear_tail(shared.grad_o(at.stage), of_block);
-    return shared.grad_o(at.stage);
-  }
-  FX_DEVICE void start_product(Scores& s, KvTile keys, QTile rows) {
+
+  FX_DEVICE void start_product(Scores& s) {
+    product_place().wait_full(product_at.parity);
+    const QTile rows = kDk ? shared.grad_o(product_at.stage) : shared.q(product_at.stage);
+    clear_tail(rows, block);
     wgmma_fence();
-    start_abt<kHeadDim>(s, keys, rows);  // s = keys rows^T
+    start_abt<kHeadDim>(s, keys(), rows);  // s = keys rows^T
     wgmma_commit();
   }
-  FX_DEVICE void start_sum(KvGrad& sum, const Weights& weights, QTile rows) {
+  FX_DEVICE void start_sum(KvGrad& sum, const Weights& weights, int of_block) {
+    sum_place(sum_at).wait_full(sum_at.parity);
+    const QTile rows = kDk ? shared.q(sum_at.stage) : shared.grad_o(sum_at.stage);
+    clear_tail(rows, of_block);
+    sum_at.advance();
     wgmma_fence();
     start_ab(sum, weights, rows);  // sum += weights rows
     wgmma_commit();
   }
-  FX_DEVICE void release_rows() {
+  FX_DEVICE OfColumns stats() {
+    Place& place = rest.rows[rows_at.stage];
+    const auto& all = rest.stats[rows_at.stage];
+    const float* first = (kDk ? all.delta : all.lse) + lane_id() % 4 * 2;
+    place.wait_full(rows_at.parity);
+    OfColumns x;
+#pragma unroll
+    for (int i = 0; i < kBlockQ / 8; ++i)
+      x.pair[i] = *reinterpret_cast<const float2*>(first + 8 * i);
     __syncwarp();  // all lanes have read
-    rest.rows[q_at.stage].release();
-  }
-  // f(the column's and the next one's number of `of_column`, n, half) for an atom's halves.
-  template <typename F>
-  FX_DEVICE static void with_columns(const float* of_column, F f) {
-#pragma unroll
-    for (int n = 0; n < kBlockQ / 16; ++n)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int col = 16 * n + 8 * half + static_cast<int>(lane_id() % 4) * 2;
-        f(*reinterpret_cast<const float2*>(of_column + col), n, half);
-      }
-  }
-  FX_DEVICE void write(const KvGrad& x, KvTile tile, const TensorView& dst, int cols) {
-    wait_for_warpgroup();  // nobody reads the tile any more
-    const int key = task.key0 + warp_row;
-    write_rows(x, tile, warp_row,
-               static_cast<T*>(dst.data) + task.kv_offset(dst) + int64_t{key} * dst.seq_stride,
-               dst.seq_stride, task.seq_kv - key, cols);
-  }
-};
-
-// The warpgroup that computes weights and dv.
-template <typename Config>
-class DvCompute : DkvCompute<Config> {
-  using Base = DkvCompute<Config>;
-  using typename Base::KvGrad;
-  using typename Base::Scores;
-  using typename Base::Weights;
-  using T = typename Config::T;
-  static constexpr int kBlockQ = Config::kBlockQ;
-  const float scale;
-
- public:
-  FX_DEVICE DvCompute(const BwdArgs& args, const BwdTask& task, DkvShared<Config> shared)
-      : Base(args, task, shared, 0),
-        scale(static_cast<float>(args.params.scale) * kLog2e) {}
-
-  FX_DEVICE void run() {
-    KvGrad dv;
-    dv.clear();
-    this->rest.kv.wait(0);
-    if (this->steps > 0) all_blocks(dv);
-    this->write(dv, this->shared.k(), this->p.dv, static_cast<int>(this->p.head_dim_v));
+    place.release();
+    rows_at.advance();
+    return x;
   }
 
- private:
   // Scores become weights, which the other warpgroup gets, too.
-  FX_DEVICE void weigh(Scores& s, Weights& weights) {
-    auto& rest = this->rest;
-    rest.rows[this->q_at.stage].wait_full(this->q_at.parity);
-    this->with_columns(rest.stats[this->q_at.stage].lse, [&](float2 lse, int n, int half) {
-      float* x = s.atom[0][n].reg + 4 * half;
+  FX_DEVICE void weigh(Scores& s, const OfColumns& lse, Weights& weights) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = fast_exp2(fmaf(x[i], scale, -(i % 2 ? lse.y : lse.x)));
-    });
-    this->release_rows();
-    if (this->block < this->task.whole_begin || this->block >= this->task.whole_end) hide(s);
+    for (int i = 0; i < kBlockQ / 2; ++i) {
+      float& x = s.atom[0][i / 8].reg[i % 8];
+      const float2 y = lse.pair[i / 4];
+      x = fast_exp2(fmaf(x, scale, -(i % 2 ? y.y : y.x)));
+    }
+    if (block < task.whole_begin || block >= task.whole_end) hide(s);
 #pragma unroll
     for (int n = 0; n < kBlockQ / 16; ++n)
       weights.atom[0][n] = MmaAtom<T>::to_operand(s.atom[0][n]);
 
-    Place& place = rest.handed_over[this->weights_at.stage];
-    place.wait_empty(this->weights_at.parity);
+    Place& place = rest.handed_over[weights_at.stage];
+    place.wait_empty(weights_at.parity);
 #pragma unroll
     for (int n = 0; n < kBlockQ / 16; ++n) {
       const uint32_t* x = weights.atom[0][n].reg;
-      rest.weights[this->weights_at.stage][n][threadIdx.x % kWarpgroup] = {x[0], x[1], x[2], x[3]};
+      rest.weights[weights_at.stage][n][threadIdx.x % kWarpgroup] = {x[0], x[1], x[2], x[3]};
     }
     __syncwarp();  // those of all lanes are there
     if (lane_id() == 0) place.full.arrive();
-    this->weights_at.advance();
+    weights_at.advance();
   }
   FX_DEVICE void hide(Scores& s) {
-    const BwdTask& task = this->task;
     int begin[2], end[2];  // the rows that see a key
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
-      const int key = task.key0 + this->warp_row + s.row(0, slot), row0 = this->block * kBlockQ;
+      const int key = task.key0 + warp_row + s.row(0, slot), row0 = block * kBlockQ;
       begin[slot] = key - task.right - row0;
       end[slot] = key < task.seq_kv ? key + task.left + 1 - row0 : begin[slot];
     }
@@ -227,110 +224,90 @@ class DvCompute : DkvCompute<Config> {
     });
   }
 
-  FX_DEVICE void all_blocks(KvGrad& dv) {
-    auto& rest = this->rest;
-    Scores s;
-    Weights weights;
-    this->start_product(s, this->shared.k(), this->arrived_q(this->q_at, this->block));
-    wgmma_wait<0>();
-#pragma unroll 1
-    for (int step = 0;; ++step) {
-      arrived(s);
-      rest.q[this->q_at.stage].release();
-      weigh(s, weights);
-      this->start_sum(dv, weights, this->arrived_grad(this->grad_at, this->block));
-      if (step + 1 == this->steps) break;
-      this->block = this->next_block();
-      this->q_at.advance();
-      this->start_product(s, this->shared.k(), this->arrived_q(this->q_at, this->block));
-      wgmma_wait<1>();
-      arrived(dv);
-      rest.grad_o[this->grad_at.stage].release();
-      this->grad_at.advance();
-      wgmma_wait<0>();
-    }
-    wgmma_wait<0>();
-    arrived(dv);
-    rest.grad_o[this->grad_at.stage].release();
-  }
-};
-
-// The warpgroup that computes the gradients of scores and dk.
-template <typename Config>
-class DkCompute : DkvCompute<Config> {
-  using Base = DkvCompute<Config>;
-  using typename Base::KvGrad;
-  using typename Base::Scores;
-  using typename Base::Weights;
-  using T = typename Config::T;
-  static constexpr int kBlockQ = Config::kBlockQ;
-
- public:
-  FX_DEVICE DkCompute(const BwdArgs& args, const BwdTask& task, DkvShared<Config> shared)
-      : Base(args, task, shared, 1) {}
-
-  FX_DEVICE void run() {
-    KvGrad dk;
-    dk.clear();
-    this->rest.kv.wait(0);
-    if (this->steps > 0) all_blocks(dk);
-    dk.for_each([&](float& x, int, int, int) { x *= static_cast<float>(this->p.scale); });
-    this->write(dk, this->shared.v(), this->p.dk, static_cast<int>(this->p.head_dim));
-  }
-
- private:
-  // ds: first the weights, then the gradients of their scores.
-  FX_DEVICE void differentiate(const Scores& dp, Weights& ds) {
-    auto& rest = this->rest;
-    Place& place = rest.handed_over[this->weights_at.stage];
-    place.wait_full(this->weights_at.parity);
+  // ds: the gradients of the scores whose weights the other warpgroup hands over.
+  FX_DEVICE void differentiate(const Scores& dp, const OfColumns& delta, Weights& ds) {
+    Place& place = rest.handed_over[weights_at.stage];
+    place.wait_full(weights_at.parity);
 #pragma unroll
     for (int n = 0; n < kBlockQ / 16; ++n) {
-      const uint4 x = rest.weights[this->weights_at.stage][n][threadIdx.x % kWarpgroup];
+      const uint4 x = rest.weights[weights_at.stage][n][threadIdx.x % kWarpgroup];
       ds.atom[0][n] = {{x.x, x.y, x.z, x.w}};
     }
     __syncwarp();  // all lanes have read
     place.release();
-    this->weights_at.advance();
-
-    rest.rows[this->q_at.stage].wait_full(this->q_at.parity);
-    this->with_columns(rest.stats[this->q_at.stage].delta, [&](float2 delta, int n, int half) {
+    weights_at.advance();
 #pragma unroll
-      for (int slot = 0; slot < 2; ++slot) {
-        const float* x = dp.atom[0][n].reg + 4 * half + 2 * slot;
-        uint32_t& pair = ds.atom[0][n].reg[2 * half + slot];
-        const float2 weight = widened<T>(pair);
-        pair = ptx::cvt<T>(weight.x * (x[0] - delta.x), weight.y * (x[1] - delta.y));
-      }
-    });
-    this->release_rows();
+    for (int i = 0; i < kBlockQ / 4; ++i) {
+      const float* x = dp.atom[0][i / 4].reg + 2 * (i % 4);
+      const float2 y = delta.pair[i / 2];
+      uint32_t& pair = ds.atom[0][i / 4].reg[i % 4];
+      const float2 weight = widened<T>(pair);
+      pair = ptx::cvt<T>(weight.x * (x[0] - y.x), weight.y * (x[1] - y.y));
+    }
   }
 
-  FX_DEVICE void all_blocks(KvGrad& dk) {
-    auto& rest = this->rest;
-    Scores dp;
-    Weights ds;
-    this->start_product(dp, this->shared.v(), this->arrived_grad(this->grad_at, this->block));
-    wgmma_wait<0>();
+  // The product, when it has arrived, becomes an operand; kRunning groups of products run on. Returns
+  // its block.
+  template <int kRunning>
+  FX_DEVICE int make_operand(Scores& s, Weights& weights) {
+    const OfColumns of_columns = stats();
+    wgmma_wait<kRunning>();
+    arrived(s);
+    product_place().release();
+    product_at.advance();
+    if constexpr (kDk) differentiate(s, of_columns, weights);
+    else weigh(s, of_columns, weights);
+    const int of_block = block;
+    block = block == block_begin ? block_end - 1 : block - 1;
+    return of_block;
+  }
+  FX_DEVICE void release_sum_rows() {
+    sum_place(done_at).release();
+    done_at.advance();
+  }
+  FX_DEVICE void all_blocks(KvGrad& sum) {
+    Scores s;
+    start_product(s);
+    if constexpr (kLate) {
+      Weights weights[2];
+      int of_block = make_operand<0>(s, weights[0]);
+      const auto next = [&](const Weights& now, Weights& then) {
+        start_product(s);
+        start_sum(sum, now, of_block);
+        of_block = make_operand<1>(s, then);
+        // The rows of the sum make room for others, without which the two warpgroups could wait for
+        // each other.
+        wgmma_wait<0>();
+        arrived(sum);
+        release_sum_rows();
+      };
 #pragma unroll 1
-    for (int step = 0;; ++step) {
-      arrived(dp);
-      rest.grad_o[this->grad_at.stage].release();
-      differentiate(dp, ds);
-      this->start_sum(dk, ds, this->arrived_q(this->q_at, this->block));
-      if (step + 1 == this->steps) break;
-      this->block = this->next_block();
-      this->grad_at.advance();
-      this->start_product(dp, this->shared.v(), this->arrived_grad(this->grad_at, this->block));
-      wgmma_wait<1>();
-      arrived(dk);
-      rest.q[this->q_at.stage].release();
-      this->q_at.advance();
-      wgmma_wait<0>();
+      for (int left = steps - 1;;) {
+        if (left-- == 0) {
+          start_sum(sum, weights[0], of_block);
+          break;
+        }
+        next(weights[0], weights[1]);
+        if (left-- == 0) {
+          start_sum(sum, weights[1], of_block);
+          break;
+        }
+        next(weights[1], weights[0]);
+      }
+    } else {
+      Weights weights;
+#pragma unroll 1
+      for (int step = 0;; ++step) {
+        start_sum(sum, weights, make_operand<0>(s, weights));
+        if (step + 1 == steps) break;
+        start_product(s);
+        wgmma_wait<1>();
+        arrived(sum);
+        release_sum_rows();
+      }
     }
     wgmma_wait<0>();
-    arrived(dk);
-    rest.q[this->q_at.stage].release();
+    arrived(sum);
   }
 };
 
@@ -356,8 +333,8 @@ FX_DEVICE void dkv_block(const BwdArgs& args, unsigned index, unsigned char* sme
     if (warp == 1) load_stats<Config>(args, task, shared);
   } else {
     take_registers<kWideRegisters>();
-    if (warpgroup == 1) DvCompute<Config>(args, task, shared).run();
-    else DkCompute<Config>(args, task, shared).run();
+    if (warpgroup == 1) DkvCompute<Config, false>(args, task, shared).run();
+    else DkvCompute<Config, true>(args, task, shared).run();
   }
 }
 

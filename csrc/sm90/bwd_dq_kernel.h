@@ -242,14 +242,16 @@ class DqCompute {
       const RowStats x = row < task.rows ? args.stats[task.first_row + row] : RowStats{INFINITY, 0.f};
       lse[slot] = x.lse, delta[slot] = x.delta;
     }
+    constexpr bool kLate = Config::kTile.late;
     int block = own.block_begin;
     start_scores(s, block);
-    start_gradients(dp, block);
-    wgmma_wait<1>();
+    if constexpr (!kLate) start_gradients(dp, block);
+    wgmma_wait<!kLate>();
 #pragma unroll 1
     for (;;) {
       arrived(s);
       weigh(s, lse, own, block);
+      if constexpr (kLate) start_gradients(dp, block);
       wgmma_wait<0>();
       arrived(dp);
       rest.v[v_at.stage].release();
@@ -267,8 +269,8 @@ class DqCompute {
       arrived(dq);
       rest.k[k_at.stage].release();
       k_at.advance();
-      start_gradients(dp, block);
-      wgmma_wait<1>();
+      if constexpr (!kLate) start_gradients(dp, block);
+      wgmma_wait<!kLate>();
     }
     wgmma_wait<0>();
     arrived(dq);

@@ -13,7 +13,9 @@ struct DkvTile {
   int q_stages;       // blocks of q in shared memory
   int grad_stages;    // ... of grad_o
   int weight_stages;  // ... of weights, on their way from one warpgroup to the other
-  bool ahead;         // the next block's scores run while the weights of this one are computed
+  // The next block's scores (and gradients) are started before this one's part of dv (and dk), which
+  // then runs while their weights are computed.
+  bool dv_late, dk_late;
 
   static constexpr int block_q = 64, block_kv = 64;
 };
@@ -23,6 +25,7 @@ struct DqTile {
   int block_kv;  // keys of a block
   int k_stages;  // blocks of k in shared memory
   int v_stages;  // ... of v
+  bool late;     // grad_o v^T is started when the weights are there
 
   static constexpr int warpgroups = 2, block_q = 64 * warpgroups;
 };
@@ -31,13 +34,13 @@ struct DqTile {
 inline constexpr int kWideLoaderRegisters = 24, kWideRegisters = 240;
 
 constexpr DkvTile dkv_tile(int head_dim) {
-  if (head_dim == 192) return {3, 3, 2, false};
-  return {2, 2, 2, false};
+  if (head_dim == 192) return {3, 2, 2, false, false};
+  return {2, 2, 2, false, false};
 }
 
 constexpr DqTile dq_tile(int head_dim) {
-  if (head_dim == 192) return {64, 3, 2};
-  return {64, 2, 1};
+  if (head_dim == 192) return {64, 3, 2, false};
+  return {64, 2, 1, false};
 }
 
 }  // namespace flash_ext::sm90
