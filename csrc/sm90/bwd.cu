@@ -5,6 +5,7 @@
 #include "../attn/plan.h"
 #include "../gpu_check.h"
 #include "bwd.h"
+#include "bwd_wide_variants.h"
 #include "fwd.h"
 #include "tensor_map.h"
 
@@ -16,7 +17,9 @@ BwdLauncher launcher_of_dtype(int head_dim) {
   switch (head_dim) {
     case 64: return launch_main<kDType, 64>;
     case 96: return launch_main<kDType, 96>;
-    default: return launch_main<kDType, 128>;
+    case 128: return launch_main<kDType, 128>;
+    case 192: return launch_wide<kDType, 192>;
+    default: return launch_wide<kDType, 256>;
   }
 }
 
@@ -26,13 +29,12 @@ std::optional<std::string> obstacle(const AttnBwdParams& p, const GpuFacts& gpu)
   if (auto why = obstacle(static_cast<const AttnParams&>(p), gpu)) return why;
   if (p.mask.data || p.softcap > 0 || p.alibi_slopes || p.dropout_threshold)
     return "it has no gradients with attn_mask, softcap, alibi_slopes or dropout_p";
-  if (std::max(p.head_dim, p.head_dim_v) > kBwdHeadDims[std::size(kBwdHeadDims) - 1])
-    return "it has gradients of smaller head_dims";
   const int64_t batch = p.cu_seqlens_q ? 1 : p.batch;
   if (!can_be_copied(p.grad_o, {batch, p.heads_q, p.rows_q, p.head_dim_v}))
     return "grad_out: it needs rows aligned to 16 bytes, and none that stand for several";
-  if (!in_chunks(p.dk, 2) || !in_chunks(p.dv, 2)) return "it needs gradients aligned to 16 bytes";
-  if (p.batch * p.heads_kv * ceil_div(p.seq_kv, BwdTile::block_kv) >= int64_t{1} << 31)
+  if (!in_chunks(p.dq, 2) || !in_chunks(p.dk, 2) || !in_chunks(p.dv, 2))
+    return "it needs gradients aligned to 16 bytes";
+  if (p.batch * p.heads_kv * ceil_div(p.seq_kv, DkvTile::block_kv) >= int64_t{1} << 31)
     return "there are too many keys";
   return std::nullopt;
 }
@@ -44,15 +46,19 @@ bool worthwhile(const AttnBwdParams& p) {
 }
 
 BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic) {
-  BwdPlan plan{{{p}, deterministic}, compiled_head_dim(p, kBwdHeadDims)};
+  const int head_dim = compiled_head_dim(p, kBwdHeadDims);
+  const bool wide = is_wide(head_dim);
+  BwdPlan plan{{{p}, deterministic && !wide}, head_dim};  // wide: no sum is shared
   flash_ext::BwdArgs& args = plan.args;
   args.pack = Divisor(1);
-  args.blocks_kv = static_cast<int>(ceil_div(p.seq_kv, BwdTile::block_kv));
+  const int block_kv = wide ? DkvTile::block_kv : BwdTile::block_kv;
+  const int block_q = wide ? DqTile::block_q : bwd_tile(head_dim).block_q;
+  args.blocks_kv = static_cast<int>(ceil_div(p.seq_kv, block_kv));
   args.groups = p.batch * p.heads_kv;
   args.rows = p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;
-  args.dq_cols = plan.head_dim;
+  args.dq_cols = wide ? 0 : head_dim;
   args.dq_flip = 8;
-  args.blocks_q = static_cast<int>(ceil_div(p.seq_q, bwd_tile(plan.head_dim).block_q));
+  args.blocks_q = static_cast<int>(ceil_div(p.seq_q, block_q));
   args.groups_at_once = groups_at_once(args, gpu, gpu.multiprocessors);
   return plan;
 }
@@ -61,13 +67,13 @@ void launch_bwd(const BwdPlan& plan, void* stream) {
   const flash_ext::BwdArgs& args = plan.args;
   launch_bwd_start(plan, stream);
   launch_bwd_dsinks(args, stream);
-  if (args.groups * args.blocks_kv > 0) {
+  if (args.groups > 0 && (args.blocks_kv > 0 || is_wide(plan.head_dim))) {
     const auto launch = args.params.dtype == DType::f16
                             ? launcher_of_dtype<DType::f16>(plan.head_dim)
                             : launcher_of_dtype<DType::bf16>(plan.head_dim);
     launch(plan, stream);
   }
-  launch_bwd_finish(args, stream);
+  if (!is_wide(plan.head_dim)) launch_bwd_finish(args, stream);
 }
 
 }  // namespace flash_ext::sm90

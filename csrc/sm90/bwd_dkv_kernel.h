@@ -41,7 +41,7 @@ struct DkvShared {
     BlockStats<Config::kBlockQ> stats[Config::kQStages];
     Place q[Config::kQStages], rows[Config::kQStages], grad_o[Config::kGradStages];
     Place handed_over[Config::kWeightStages];
-    Mbarrier kv;
+    Mbarrier k, v;
     BwdTask task;  // here, because registers are dear
   };
   static constexpr int kBytes = kRest + static_cast<int>(sizeof(Rest));
@@ -64,10 +64,62 @@ struct DkvShared {
     for (Place& place : rest().grad_o) place.init(kWarps);
     for (Place& place : rest().handed_over)
       place.full.init(kWarps / 2), place.empty.init(kWarps / 2);
-    rest().kv.init(2);
+    rest().k.init(1), rest().v.init(1);
     Mbarrier::publish_init();
   }
 };
+
+// One thread: everything is loaded in the order in which it is used.
+template <typename Config>
+FX_DEVICE void load_for_dkv(const BwdArgs& args, const BwdTask& task, DkvShared<Config> shared) {
+  auto& rest = shared.rest();
+  const int batch = args.params.cu_seqlens_q ? 0 : task.batch;
+  const Corner keys{static_cast<int>(task.first_k) + task.key0, task.kv_head, batch};
+  copy_tile(shared.k(), args.k_map, keys, rest.k);
+  RingPosition<Config::kQStages> q_at;
+  RingPosition<Config::kGradStages> grad_at;
+  bool first = true;
+  for_each_block(args, task, [&](int head, int block) {
+    const Corner rows{static_cast<int>(task.first_q) + block * Config::kBlockQ, task.head + head,
+                      batch};
+    Place &q = rest.q[q_at.stage], &grad_o = rest.grad_o[grad_at.stage];
+    q.wait_empty(q_at.parity);
+    copy_tile(shared.q(q_at.stage), args.q_map, rows, q.full);
+    if (first) copy_tile(shared.v(), args.v_map, keys, rest.v);
+    first = false;
+    grad_o.wait_empty(grad_at.parity);
+    copy_tile(shared.grad_o(grad_at.stage), args.grad_o_map, rows, grad_o.full);
+    q_at.advance(), grad_at.advance();
+  });
+  if (first) copy_tile(shared.v(), args.v_map, keys, rest.v);
+}
+
+// One warp: what must be known of rows.
+template <typename Config>
+FX_DEVICE void load_stats_for_dkv(const BwdArgs& args, const BwdTask& task,
+                                  DkvShared<Config> shared) {
+  static_assert(Config::kBlockQ == 2 * kWarpSize);
+  const int lane = static_cast<int>(lane_id());
+  RingPosition<Config::kQStages> at;
+  for_each_block(args, task, [&](int head, int block) {
+    const RowStats* first = args.stats + first_row_of(args, task, head);
+    RowStats x[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = block * Config::kBlockQ + i * kWarpSize + lane;
+      x[i] = row < task.rows ? first[row] : RowStats{INFINITY, 0.f};
+    }
+    Place& place = shared.rest().rows[at.stage];
+    auto& stats = shared.rest().stats[at.stage];
+    place.wait_empty(at.parity);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      stats.lse[i * kWarpSize + lane] = x[i].lse, stats.delta[i * kWarpSize + lane] = x[i].delta;
+    __syncwarp();  // all of it is there
+    if (lane == 0) place.full.arrive();
+    at.advance();
+  });
+}
 
 // Two neighbours of an operand.
 template <typename T>
@@ -104,7 +156,7 @@ class DkvCompute {
   FX_DEVICE void run() {
     KvGrad sum;
     sum.clear();
-    rest.kv.wait(0);
+    (kDk ? rest.v : rest.k).wait(0);
     if (steps > 0) all_blocks(sum);
     if constexpr (kDk)
       sum.for_each([&](float& x, int, int, int) { x *= static_cast<float>(p.scale); });
@@ -329,8 +381,8 @@ FX_DEVICE void dkv_block(const BwdArgs& args, unsigned index, unsigned char* sme
   if (const int warpgroup = warpgroup_id(); warpgroup == 0) {
     give_registers_away<kWideLoaderRegisters>();
     const int warp = uniform(static_cast<int>(warp_id()));
-    if (warp == 0 && lane_id() == 0) load<Config>(args, task, shared);
-    if (warp == 1) load_stats<Config>(args, task, shared);
+    if (warp == 0 && lane_id() == 0) load_for_dkv<Config>(args, task, shared);
+    if (warp == 1) load_stats_for_dkv<Config>(args, task, shared);
   } else {
     take_registers<kWideRegisters>();
     if (warpgroup == 1) DkvCompute<Config, false>(args, task, shared).run();

@@ -105,8 +105,8 @@ FX_DEVICE int64_t first_row_of(const BwdArgs& args, const BwdTask& task, int hea
 }
 
 // One thread: everything is loaded in the order in which it is used.
-template <typename Config, typename Shared>
-FX_DEVICE void load(const BwdArgs& args, const BwdTask& task, Shared shared) {
+template <typename Config>
+FX_DEVICE void load(const BwdArgs& args, const BwdTask& task, BwdShared<Config> shared) {
   auto& rest = shared.rest();
   const int batch = args.params.cu_seqlens_q ? 0 : task.batch;
   const Corner keys{static_cast<int>(task.first_k) + task.key0, task.kv_head, batch};
@@ -127,8 +127,8 @@ FX_DEVICE void load(const BwdArgs& args, const BwdTask& task, Shared shared) {
 }
 
 // One warp.
-template <typename Config, typename Shared>
-FX_DEVICE void load_stats(const BwdArgs& args, const BwdTask& task, Shared shared) {
+template <typename Config>
+FX_DEVICE void load_stats(const BwdArgs& args, const BwdTask& task, BwdShared<Config> shared) {
   constexpr int kCount = Config::kBlockQ / kWarpSize;
   RingPosition<Config::kQStages> at;
   for_each_block(args, task, [&](int head, int block) {

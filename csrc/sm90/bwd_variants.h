@@ -5,7 +5,7 @@
 namespace flash_ext::sm90 {
 
 // Products have these widths; others are filled up with zeros on the way to shared memory.
-inline constexpr int kBwdHeadDims[] = {64, 96, 128};
+inline constexpr int kBwdHeadDims[] = {64, 96, 128, 192, 256};  // 192 and 256: bwd_wide_variants.h
 
 struct BwdTile {
   int block_q;      // query rows of a block

@@ -43,8 +43,9 @@ void launch_dq(const BwdPlan& plan, void* stream) {
 
 template <DType kDType, int kHeadDim>
 void launch_wide(const BwdPlan& plan, void* stream) {
-  launch_dkv<DkvConfig<kDType, kHeadDim>>(plan, stream);
-  launch_dq<DqConfig<kDType, kHeadDim>>(plan, stream);
+  const flash_ext::BwdArgs& args = plan.args;
+  if (args.groups * args.blocks_kv > 0) launch_dkv<DkvConfig<kDType, kHeadDim>>(plan, stream);
+  if (args.rows > 0) launch_dq<DqConfig<kDType, kHeadDim>>(plan, stream);
 }
 
 }  // namespace flash_ext::sm90

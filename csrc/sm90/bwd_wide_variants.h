@@ -4,8 +4,8 @@
 
 namespace flash_ext::sm90 {
 
-// Products have these widths; others are filled up with zeros on the way to shared memory.
-inline constexpr int kWideHeadDims[] = {192, 256};
+// Where dk and dv of 64 keys do not fit the registers of a warpgroup.
+constexpr bool is_wide(int head_dim) { return head_dim > 128; }
 
 // Of the kernel for dk and dv: 64 keys, and blocks of 64 rows. dk fills the registers of a warpgroup,
 // dv those of another.
@@ -34,12 +34,12 @@ struct DqTile {
 inline constexpr int kWideLoaderRegisters = 24, kWideRegisters = 240;
 
 constexpr DkvTile dkv_tile(int head_dim) {
-  if (head_dim == 192) return {3, 2, 2, false, false};
-  return {2, 2, 2, false, false};
+  if (head_dim == 192) return {3, 3, 2, true, false};
+  return {2, 2, 2, true, false};
 }
 
 constexpr DqTile dq_tile(int head_dim) {
-  if (head_dim == 192) return {64, 3, 2, false};
+  if (head_dim == 192) return {80, 2, 2, false};
   return {64, 2, 1, false};
 }
 
