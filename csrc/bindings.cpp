@@ -10,6 +10,11 @@ STABLE_TORCH_LIBRARY(flash_ext, m) {
       "Tensor? attn_mask=None, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? "
       "rng_state=None, "
       "bool deterministic=False, int kernels=0) -> (Tensor out, Tensor lse)");
+  // attn_fwd without options and without lse, which nobody reads: few arguments are parsed sooner.
+  m.def(
+      "attn_plain(Tensor q, Tensor k, Tensor v, float scale, int window_left=-1, int "
+      "window_right=-1, "
+      "bool top_left=False, bool out_bshd=False) -> Tensor");
   m.def(
       "attn_bwd(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
       "Tensor lse, "

@@ -13,6 +13,7 @@ if backends.native is not None:
     from . import registration  # noqa: F401
 
     attn_fwd = torch.ops.flash_ext.attn_fwd.default
+    attn_plain = torch.ops.flash_ext.attn_plain.default
     attn_varlen_fwd = torch.ops.flash_ext.attn_varlen_fwd.default
 
 
@@ -81,6 +82,14 @@ def attn(
 
     Method: FlashAttention-2 (arXiv:2307.08691), with the online softmax of arXiv:1805.02867.
     """
+    if (
+        attn_mask is None and window is None and alibi_slopes is None and sinks is None and backend is None
+        and enable_gqa and layout == "bhsd" and causal_align == "bottom_right"
+        and not (dropout_p or softcap or return_lse)
+    ):  # fmt: skip
+        out = _plain(query, key, value, is_causal, scale)
+        if out is not None:
+            return out
     args = arguments.dense(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, alibi_slopes, sinks,
         causal_align, deterministic, layout,
@@ -150,6 +159,23 @@ def attn_varlen(
     else:
         out, lse = attn_varlen_fwd(*args, kernels)
     return (out, lse) if return_lse else out
+
+
+def _plain(query, key, value, is_causal, scale):
+    """The usual call without gradients, by the op of few arguments, which spares a quarter of its time; else None."""
+    if not (
+        type(query) is type(key) is type(value) is Tensor
+        and query.ndim == 4
+        and backends.surely_native(query, value, None)
+        and _skips_autograd(query, key, value, None, None)
+    ):
+        return None
+    if scale is None:
+        scale = query.shape[-1] ** -0.5 if query.shape[-1] else 1.0
+    # As in arguments.dense.
+    out_bshd = not query.is_contiguous() and query.stride(1) < query.stride(2)
+    with torch._C._AutoDispatchBelowAutograd():
+        return attn_plain(query, key, value, scale, -1, 0 if is_causal else -1, False, out_bshd)
 
 
 def _kernels(tensors, attn_mask, alibi_slopes, deterministic, softcap, dropout_p, lengths, backend):

@@ -47,6 +47,7 @@ def attn_varlen_bwd_flop(
 def register(flop_counter):
     ops = torch.ops.flash_ext
     flop_counter.register_flop_formula(ops.attn_fwd)(attn_fwd_flop)
+    flop_counter.register_flop_formula(ops.attn_plain)(attn_fwd_flop)
     flop_counter.register_flop_formula(ops.attn_bwd)(attn_bwd_flop)
     flop_counter.register_flop_formula(ops.attn_varlen_fwd, get_raw=True)(attn_varlen_fwd_flop)
     flop_counter.register_flop_formula(ops.attn_varlen_bwd, get_raw=True)(attn_varlen_bwd_flop)

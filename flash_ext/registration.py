@@ -30,6 +30,10 @@ def fake_attn_fwd(
     return out, q.new_empty(batch, heads_q, seq_q, dtype=acc_dtype(q.dtype))
 
 
+def fake_attn_plain(q, k, v, *place):
+    return fake_attn_fwd(q, k, v, *place)[0]
+
+
 def fake_attn_bwd(
     grad_out, grad_lse, q, k, v, out, lse, scale, window_left, window_right, top_left, softcap, dropout_p, attn_mask,
     alibi_slopes, sinks, rng_state, need_mask_grad, deterministic, kernels=0,
@@ -94,7 +98,8 @@ def gradient_like(tensor):
     return gradient if gradient.stride(-1) == 1 or gradient.shape[-1] < 2 else gradient.new_empty(gradient.shape)
 
 
-for name in ("attn_fwd", "attn_bwd", "attn_varlen_fwd", "attn_varlen_bwd"):
+OPS = ("attn_fwd", "attn_plain", "attn_bwd", "attn_varlen_fwd", "attn_varlen_bwd")
+for name in OPS:
     torch.library.register_fake(f"flash_ext::{name}", globals()[f"fake_{name}"], lib=lib)
 
 # ---- other devices: the dispatcher alone would not say which argument is on one
@@ -108,7 +113,7 @@ def refuse(fake):
     return kernel
 
 
-for name in ("attn_fwd", "attn_bwd", "attn_varlen_fwd", "attn_varlen_bwd"):
+for name in OPS:
     for key in ("CUDA", "MPS", "XPU"):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"flash_ext::{name}", key):
             lib.impl(name, refuse(globals()[f"fake_{name}"]), key)
@@ -244,6 +249,11 @@ def autograd_attn_varlen_fwd(
     return differentiate_fwd(AttnVarlen, ops.attn_varlen_fwd.default, args, alibi_slopes)
 
 
+def autograd_attn_plain(q, k, v, *place):
+    """Where there is something to differentiate, lse is needed."""
+    return ops.attn_fwd.default(q, k, v, *place)[0]
+
+
 def autograd_bwd(op):
     def kernel(*args):
         refuse_tangents(args)
@@ -257,6 +267,7 @@ def autograd_bwd(op):
 
 lib.impl("attn_fwd", autograd_attn_fwd, "Autograd")
 lib.impl("attn_varlen_fwd", autograd_attn_varlen_fwd, "Autograd")
+lib.impl("attn_plain", autograd_attn_plain, "Autograd")
 lib.impl("attn_bwd", autograd_bwd(ops.attn_bwd.default), "Autograd")
 lib.impl("attn_varlen_bwd", autograd_bwd(ops.attn_varlen_bwd.default), "Autograd")
 
@@ -275,6 +286,7 @@ def autocast_fwd(op, device_type, key):
 
 for device_type, key in (("cpu", torch._C.DispatchKey.AutocastCPU), ("cuda", torch._C.DispatchKey.AutocastCUDA)):
     lib.impl("attn_fwd", autocast_fwd(ops.attn_fwd.default, device_type, key), key.name)
+    lib.impl("attn_plain", autocast_fwd(ops.attn_plain.default, device_type, key), key.name)
     lib.impl("attn_varlen_fwd", autocast_fwd(ops.attn_varlen_fwd.default, device_type, key), key.name)
 
 # ---- vmap: a mapped dimension becomes part of batch; a loop where something belongs to the whole batch
@@ -330,6 +342,11 @@ def vmap_attn_fwd(info, in_dims, *args):
     return tuple(x.unflatten(0, (size, batch)) for x in results), (0, 0)
 
 
+def vmap_attn_plain(info, in_dims, *args):
+    (out, _), (dim, _) = vmap_attn_fwd(info, in_dims, *args)
+    return out, dim
+
+
 def vmap_attn_bwd(info, in_dims, *args):
     op, size = ops.attn_bwd.default, info.batch_size
     args, in_dims = with_defaults(op, args, in_dims)
@@ -362,6 +379,7 @@ def vmap_loop(op):
 
 
 torch.library.register_vmap("flash_ext::attn_fwd", vmap_attn_fwd, lib=lib)
+torch.library.register_vmap("flash_ext::attn_plain", vmap_attn_plain, lib=lib)
 torch.library.register_vmap("flash_ext::attn_bwd", vmap_attn_bwd, lib=lib)
 torch.library.register_vmap("flash_ext::attn_varlen_fwd", vmap_loop(ops.attn_varlen_fwd.default), lib=lib)
 torch.library.register_vmap("flash_ext::attn_varlen_bwd", vmap_loop(ops.attn_varlen_bwd.default), lib=lib)

@@ -75,6 +75,64 @@ def test_opcheck(name, dtype):
         assert set(checks.values()) == {"SUCCESS"}
 
 
+def test_plain_op():
+    """attn_fwd without options and lse: the same numbers, every contract of an op, and what autograd needs."""
+    q, k, v = tensors(torch.float32)[:3]
+    place = 0.3, 4, 0, True, False
+    expected = ops.attn_fwd(q, k, v, *place)[0]
+    assert torch.equal(ops.attn_plain(q, k, v, *place), expected)
+    assert set(torch.library.opcheck(ops.attn_plain.default, (q, k, v, *place)).values()) == {"SUCCESS"}
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    assert set(torch.library.opcheck(ops.attn_plain.default, (*leaves, *place)).values()) == {"SUCCESS"}
+    out = ops.attn_plain(*leaves, *place)
+    for x, y in zip(
+        torch.autograd.grad(out.sum(), leaves),
+        torch.autograd.grad(ops.attn_fwd(*leaves, *place)[0].sum(), leaves),
+        strict=True,
+    ):
+        assert torch.equal(x, y)
+    many = torch.stack([q, q + 1])
+    close(vmap(lambda q: ops.attn_plain(q, k, v, *place))(many)[1], ops.attn_plain(q + 1, k, v, *place))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.attn_plain(q, k, v, *place).dtype == torch.bfloat16
+
+
+def test_the_usual_call_runs_the_plain_op():
+    q, k, v = tensors(torch.float32)[:3]
+
+    def ran(**options):
+        found = []
+
+        class Record(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                found.append(str(function))
+                return function(*args, **(kwargs or {}))
+
+        with Record():
+            out = flash_ext.attn(q, k, v, **options)
+        return found, out
+
+    for is_causal in (False, True):
+        names, out = ran(is_causal=is_causal)
+        assert names == ["flash_ext.attn_plain.default"]
+        close(out, flash_ext.math(q, k, v, is_causal=is_causal))
+        by_token = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+        out = flash_ext.attn(*by_token, is_causal=is_causal)
+        assert out.transpose(1, 2).is_contiguous()
+        close(out, flash_ext.math(q, k, v, is_causal=is_causal))
+    for options in (
+        dict(window=(2, 2)), dict(softcap=2.0), dict(backend="cpu"), dict(return_lse=True), dict(dropout_p=0.1),
+        dict(causal_align="top_left"), dict(sinks=torch.zeros(q.shape[1])), dict(scale=0.5),
+    ):  # fmt: skip
+        names, _ = ran(**options)
+        wanted = "plain" if "scale" in options else "fwd"
+        assert f"flash_ext.attn_{wanted}.default" in names
+    q.requires_grad_()
+    with torch.no_grad():
+        assert ran()[0] == ["flash_ext.attn_plain.default"]
+    assert "flash_ext.attn_fwd.default" in ran()[0]
+
+
 # ---- torch.compile and torch.export
 
 
@@ -448,7 +506,7 @@ def test_flops_by_torchs_convention():
     pairs = 2 * 4 * 5 * 7
     counts = flops(lambda: flash_ext.attn(q, k, v, is_causal=True).sum().backward())
     assert counts == {"attn_fwd": 2 * pairs * (8 + 6), "attn_bwd": 2 * pairs * (3 * 8 + 2 * 6)}
-    assert flops(lambda: flash_ext.attn(q.detach(), k, v)) == {"attn_fwd": 2 * pairs * (8 + 6)}
+    assert flops(lambda: flash_ext.attn(q.detach(), k, v)) == {"attn_plain": 2 * pairs * (8 + 6)}
     shapes = (2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6)  # older torch counts no grouped heads
     assert counts["attn_fwd"] == sdpa_flop_count(*shapes)
     assert counts["attn_bwd"] == sdpa_backward_flop_count((2, 4, 5, 6), *shapes)

@@ -279,11 +279,11 @@ void prepare(const Tensor& q, const Tensor& k, const Tensor& v, const Packing* p
   p.v = view_of(call.v, packing);
 }
 
-void set_lse(const Tensor& lse, bool packed, AttnParams& p) {
-  p.lse = lse.data_ptr();
-  // It is contiguous. Not lse.stride, which is 1 where there is no row.
-  p.lse_head_stride = lse.size(packed ? 1 : 2);
-  p.lse_batch_stride = packed ? 0 : lse.size(1) * lse.size(2);
+// It is contiguous; where there is none, its rows are numbered all the same.
+void set_lse(void* lse, bool packed, AttnParams& p) {
+  p.lse = lse;
+  p.lse_head_stride = packed ? p.rows_q : p.seq_q;
+  p.lse_batch_stride = packed ? 0 : p.heads_q * p.seq_q;
 }
 
 std::vector<int64_t> out_sizes(const Tensor& q, int64_t head_dim_v) {
@@ -322,9 +322,9 @@ FwdCall prepare_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Pac
   } else {
     call.result = empty(q, sizes, p.dtype);
   }
-  call.lse = empty(q, lse_sizes(q, packing), acc_dtype(p.dtype));
+  if (options.need_lse) call.lse = empty(q, lse_sizes(q, packing), acc_dtype(p.dtype));
   p.o = view_of(call.result, packing);
-  set_lse(call.lse, packing, p);
+  set_lse(options.need_lse ? call.lse.data_ptr() : nullptr, packing, p);
   return call;
 }
 
@@ -348,7 +348,7 @@ BwdCall prepare_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse, cons
   call.out = with_contiguous_rows(out);
   p.grad_o = view_of(call.grad_out, packing);
   p.o = view_of(call.out, packing);
-  set_lse(lse, packing, p);
+  set_lse(lse.data_ptr(), packing, p);
   if (grad_lse) {
     check_shape(*grad_lse, "grad_lse", lse_sizes(q, packing));
     check_same_device(*grad_lse, "grad_lse", q);

@@ -23,6 +23,7 @@ struct AttnOptions {
   bool top_left;
   const OptionalTensor &attn_mask, &alibi_slopes, &sinks, &rng_state;
   Kernels kernels = Kernels::fastest;
+  bool need_lse = true;
 };
 
 // How packed tensors are divided into sequences.
@@ -39,7 +40,7 @@ struct Prepared {
 };
 
 struct FwdCall : Prepared<AttnParams> {
-  Tensor result, lse;
+  Tensor result, lse;  // lse: where it is needed
 };
 struct BwdCall : Prepared<AttnBwdParams> {
   Tensor dq, dk, dv, dmask, dsinks;

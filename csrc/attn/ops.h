@@ -23,6 +23,15 @@ struct Ops {
                  alibi_slopes, sinks, rng_state, static_cast<Kernels>(kernels)});
   }
 
+  static Tensor attn_plain(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                           int64_t window_left, int64_t window_right, bool top_left,
+                           bool out_bshd) {
+    const OptionalTensor none;
+    return std::get<0>(kFwd(q, k, v, nullptr, out_bshd,
+                            {scale, 0.0, 0.0, window_left, window_right, top_left, none, none, none,
+                             none, Kernels::fastest, false}));
+  }
+
   static Pair attn_varlen_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
                               const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                               int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,

@@ -51,7 +51,7 @@ template <typename Plan, typename Launch>
 void launch_plan(Plan plan, const Tensor& like, Launch launch) {
   Tensor scratch;
   if (const int64_t floats = plan.scratch_floats()) {
-    scratch = torch::stable::new_empty(like, {floats});
+    scratch = torch::stable::new_empty(like, {floats}, torch::headeronly::ScalarType::Float);
     plan.use_scratch(static_cast<float*>(scratch.data_ptr()));
   }
   launch(plan);
@@ -89,11 +89,11 @@ Pair run_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Packing* p
   const GpuFacts& gpu = facts_of(device);
   void* stream = current_stream(device);
   if (!runs_on_hopper(call, gpu, options.kernels))
-    launch_plan(plan_fwd(call.params, gpu), call.lse,
+    launch_plan(plan_fwd(call.params, gpu), call.result,
                 [&](const auto& plan) { launch_fwd(plan, gpu, stream); });
 #if defined(FLASH_EXT_WITH_CUDA)
   else
-    launch_plan(sm90::plan_fwd(call.params, gpu), call.lse,
+    launch_plan(sm90::plan_fwd(call.params, gpu), call.result,
                 [&](const auto& plan) { sm90::launch_fwd(plan, stream); });
 #endif
   return {call.result, call.lse};
@@ -128,6 +128,7 @@ using GpuOps = Ops<run_fwd, run_bwd>;
 
 STABLE_TORCH_LIBRARY_IMPL(flash_ext, CUDA, m) {
   m.impl("attn_fwd", TORCH_BOX(&flash_ext::GpuOps::attn_fwd));
+  m.impl("attn_plain", TORCH_BOX(&flash_ext::GpuOps::attn_plain));
   m.impl("attn_bwd", TORCH_BOX(&flash_ext::GpuOps::attn_bwd));
   m.impl("attn_varlen_fwd", TORCH_BOX(&flash_ext::GpuOps::attn_varlen_fwd));
   m.impl("attn_varlen_bwd", TORCH_BOX(&flash_ext::GpuOps::attn_varlen_bwd));
