@@ -133,6 +133,35 @@ def test_the_usual_call_runs_the_plain_op():
     assert "flash_ext.attn_fwd.default" in ran()[0]
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_usual_call_with_gradients(is_causal):
+    """To autograd's node without the dispatcher; the long way gives the same, and is taken where more is asked."""
+    leaves = [x.requires_grad_() for x in tensors(torch.float32)[:3]]
+    grad = torch.randn_like(flash_ext.math(*leaves))
+    out = flash_ext.attn(*leaves, is_causal=is_causal)
+    assert "Attn" in type(out.grad_fn).__name__
+    found = torch.autograd.grad(out, leaves, grad)
+    long = ops.attn_fwd(*leaves, leaves[0].shape[-1] ** -0.5, -1, 0 if is_causal else -1)[0]
+    assert torch.equal(out, long)
+    for x, y in zip(found, torch.autograd.grad(long, leaves, grad), strict=True):
+        assert torch.equal(x, y)
+
+    q, k, v = leaves
+    only_v = flash_ext.attn(q.detach(), k.detach(), v, is_causal=is_causal)
+    assert torch.equal(torch.autograd.grad(only_v, v, grad)[0], found[2])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = flash_ext.attn(*leaves, is_causal=is_causal)
+    assert out.dtype == torch.bfloat16
+    assert all(x.dtype == torch.float32 for x in torch.autograd.grad(out.sum(), leaves))
+    of_q = torch.func.grad(lambda q: (flash_ext.attn(q, k, v, is_causal=is_causal) * grad).sum())(q.detach())
+    close(of_q, found[0])
+    with pytest.raises(RuntimeError, match="forward-mode"), torch.autograd.forward_ad.dual_level():
+        flash_ext.attn(torch.autograd.forward_ad.make_dual(q, q), k, v)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        first = torch.autograd.grad(flash_ext.attn(*leaves).sum(), q, create_graph=True)[0]
+        torch.autograd.grad(first.sum(), q)
+
+
 # ---- torch.compile and torch.export
 
 
