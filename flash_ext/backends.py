@@ -242,8 +242,6 @@ def too_few_rows(call):
     """Whether the portable kernels are faster, which share tiles among heads and divide keys; as csrc/sm90/fwd.cu."""
     batch, seq_q, seq_kv = call.lengths or (call.query.shape[0], call.query.shape[-2], call.key.shape[-2])
     heads = call.query.shape[-3] if call.lengths is None else call.query.shape[-2]
-    if max(call.query.shape[-1], call.value.shape[-1]) <= 32 and seq_q < 1024:
-        return True
     return seq_q <= 64 or (batch * heads * -(-seq_q // 128) < 64 and seq_kv > 1024)
 
 

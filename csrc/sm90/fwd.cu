@@ -22,6 +22,7 @@ constexpr bool built_for_hopper() {
 template <DType kDType>
 FwdLauncher launcher_of_dtype(int head_dim) {
   switch (head_dim) {
+    case 32: return launch<kDType, 32>;
     case 64: return launch<kDType, 64>;
     case 80: return launch<kDType, 80>;
     case 96: return launch<kDType, 96>;
@@ -52,10 +53,9 @@ std::optional<std::string> obstacle(const AttnParams& p, const GpuFacts& gpu) {
   return std::nullopt;
 }
 
-// The portable kernels share one tile among heads where there are few queries, divide the keys where
-// there are few tiles, and have tiles of head_dim 32.
+// The portable kernels share one tile among heads where there are few queries, and divide the keys where
+// there are few tiles.
 bool worthwhile(const AttnParams& p) {
-  if (std::max(p.head_dim, p.head_dim_v) <= 32 && p.seq_q < 1024) return false;
   return p.seq_q > 64 && (p.batch * p.heads_q * ceil_div(p.seq_q, 128) >= 64 || p.seq_kv <= 1024);
 }
 

@@ -267,8 +267,12 @@ class Compute {
 
   // One warpgroup after the other issues products, so that its weights are computed while those of
   // the others run. Barrier 1 + i is warpgroup i's, which waits there for the one before it.
-  FX_DEVICE void take_turn() { barrier_wait(1 + id, 2 * kWarpgroup); }
-  FX_DEVICE void pass_turn() { barrier_arrive(1 + (id + 1) % kWarpgroups, 2 * kWarpgroup); }
+  FX_DEVICE void take_turn() {
+    if (args.turns) barrier_wait(1 + id, 2 * kWarpgroup);
+  }
+  FX_DEVICE void pass_turn() {
+    if (args.turns) barrier_arrive(1 + (id + 1) % kWarpgroups, 2 * kWarpgroup);
+  }
   FX_DEVICE void wait_for_warpgroup() { barrier_wait(1 + kWarpgroups + id, kWarpgroup); }
 
   FX_DEVICE void start_scores(typename Config::Scores& s, typename Config::QTile q) {
