@@ -75,6 +75,13 @@ bool even_is_faster(const AttnParams& p, const GpuFacts& gpu, int head_dim, FwdO
   return rows_of_a_block(p, gpu, tile) > slower * rows_of_a_block(p, gpu, even);
 }
 
+// Whether warpgroups take turns at products. Where those are short, as are the rows, it is better to start
+// them at once (performance log).
+bool take_turns(const AttnParams& p, int head_dim, FwdOptions options) {
+  if (head_dim > 64 || options != FwdOptions::none) return true;
+  return head_dim == 64 && p.seq_kv > 2048;
+}
+
 // Heads whose tiles are started together. Under a causal mask tiles come with the longest first; where
 // each thread block gets two, a long one and a short one, their shares are equal.
 int heads_together(const AttnParams& p, const GpuFacts& gpu, int64_t heads, int blocks_q) {
@@ -95,6 +102,7 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   if (p.dropout_threshold) options = FwdOptions::dropout;
   const bool even = even_is_faster(p, gpu, head_dim, options);
   FwdPlan plan{head_dim, options, even, {p}};
+  plan.turns = take_turns(p, head_dim, options);
   flash_ext::FwdArgs& args = plan.args;
   args.blocks_q = static_cast<int>(ceil_div(p.seq_q, fwd_tile(head_dim, options, even).block_q()));
   args.heads = p.batch * p.heads_q;

@@ -265,8 +265,8 @@ class Compute {
   RingPosition<Config::kStages> k_at, v_at;
   RingPosition<Config::kQStages> q_at;
 
-  // One warpgroup after the other issues products, so that its weights are computed while those of
-  // the others run. Barrier 1 + i is warpgroup i's, which waits there for the one before it.
+  // With turns, one warpgroup after the other issues products, so that its weights are computed while
+  // those of the others run. Barrier 1 + i is warpgroup i's, which waits there for the one before it.
   FX_DEVICE void take_turn() {
     if (args.turns) barrier_wait(1 + id, 2 * kWarpgroup);
   }
