@@ -182,9 +182,7 @@ def _plain(query, key, value, is_causal, scale, deterministic):
         return None
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    return registration.apply_attn(
-        query, key, value, scale, -1, window_right, False, out_bshd, 0.0, 0.0, None, None, None, None, deterministic, 0
-    )[0]
+    return registration.apply_attn_plain(query, key, value, scale, window_right, out_bshd, deterministic)
 
 
 def _kernels(tensors, attn_mask, alibi_slopes, deterministic, softcap, dropout_p, lengths, backend):

@@ -97,6 +97,31 @@ def test_plain_op():
         assert ops.attn_plain(q, k, v, *place).dtype == torch.bfloat16
 
 
+def test_plain_bwd_op():
+    q, k, v, *_ = tensors(torch.float32)
+    place = 0.3, 4, 0, True
+    out, lse = ops.attn_fwd(q, k, v, *place)
+    grad = torch.randn_like(out)
+    args = grad, q, k, v, out, lse, *place, False
+    expected = ops.attn_bwd(grad, None, q, k, v, out, lse, *place, 0.0, 0.0, None, None, None, None, False, False)
+    for x, y in zip(ops.attn_plain_bwd(*args), expected, strict=False):
+        assert torch.equal(x, y)
+    assert set(torch.library.opcheck(ops.attn_plain_bwd.default, args).values()) == {"SUCCESS"}
+    many = torch.stack([grad, grad + 1])
+    found = vmap(lambda grad: ops.attn_plain_bwd(grad, *args[1:]))(many)
+    for x, y in zip(found, ops.attn_plain_bwd(grad + 1, *args[1:]), strict=True):
+        close(x[1], y)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        leaf = grad.clone().requires_grad_()
+        ops.attn_plain_bwd(leaf, *args[1:])[0].sum().backward()
+    # Gradients of one call for many results' gradients at once.
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = flash_ext.attn(*leaves)
+    batched = torch.autograd.grad(out, leaves, many, is_grads_batched=True, retain_graph=True)
+    for x, y in zip(batched, torch.autograd.grad(out, leaves, many[1]), strict=True):
+        close(x[1], y)
+
+
 def test_the_usual_call_runs_the_plain_op():
     q, k, v = tensors(torch.float32)[:3]
 
@@ -139,7 +164,7 @@ def test_the_usual_call_with_gradients(is_causal):
     leaves = [x.requires_grad_() for x in tensors(torch.float32)[:3]]
     grad = torch.randn_like(flash_ext.math(*leaves))
     out = flash_ext.attn(*leaves, is_causal=is_causal)
-    assert "Attn" in type(out.grad_fn).__name__
+    assert type(out.grad_fn).__name__ == "AttnPlainBackward"
     found = torch.autograd.grad(out, leaves, grad)
     long = ops.attn_fwd(*leaves, leaves[0].shape[-1] ** -0.5, -1, 0 if is_causal else -1)[0]
     assert torch.equal(out, long)
@@ -534,11 +559,11 @@ def test_flops_by_torchs_convention():
     q.requires_grad_()
     pairs = 2 * 4 * 5 * 7
     counts = flops(lambda: flash_ext.attn(q, k, v, is_causal=True).sum().backward())
-    assert counts == {"attn_fwd": 2 * pairs * (8 + 6), "attn_bwd": 2 * pairs * (3 * 8 + 2 * 6)}
+    assert counts == {"attn_fwd": 2 * pairs * (8 + 6), "attn_plain_bwd": 2 * pairs * (3 * 8 + 2 * 6)}
     assert flops(lambda: flash_ext.attn(q.detach(), k, v)) == {"attn_plain": 2 * pairs * (8 + 6)}
     shapes = (2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6)  # older torch counts no grouped heads
     assert counts["attn_fwd"] == sdpa_flop_count(*shapes)
-    assert counts["attn_bwd"] == sdpa_backward_flop_count((2, 4, 5, 6), *shapes)
+    assert counts["attn_plain_bwd"] == sdpa_backward_flop_count((2, 4, 5, 6), *shapes)
 
 
 def test_flops_of_packed_sequences():
