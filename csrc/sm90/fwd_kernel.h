@@ -313,12 +313,12 @@ class Compute {
     int passed = task.block_begin;
     if (own.block_begin < own.block_end) {
       pass_blocks(own.block_begin - passed);
-      all_blocks(task, own, row0 + warp_row, q, o, softmax);
+      all_blocks(task, own, row0 + warp_row, q, q_place, o, softmax);
       passed = own.block_end;
+    } else {
+      q_place.release();
     }
     pass_blocks(task.block_end - passed);
-
-    q_place.release();
 
     normalise<Config>(o, softmax, p, task, row0 + warp_row);
     write_output<Config>(o, p, task, row0 + warp_row);
@@ -358,7 +358,7 @@ class Compute {
   }
 
   FX_DEVICE void all_blocks(const FwdTask& task, const KeyBlocks& own, int row0,
-                            typename Config::QTile q, typename Config::Output& o,
+                            typename Config::QTile q, Place& q_place, typename Config::Output& o,
                             Softmax<T>& softmax) {
     typename Config::Scores s;
     typename Config::Weights weights;
@@ -375,6 +375,7 @@ class Compute {
     fetch_mask(block);
     wgmma_wait<0>();
     scores_arrived(s);
+    if (block + 1 == own.block_end) q_place.release();
     weigh<true, false>(s, weights, o, softmax, mask, task, own, row0, block);
 
     // The output of each block is computed together with the scores of the next one. whole: every
@@ -392,6 +393,7 @@ class Compute {
         wgmma_wait<0>();
         output_arrived(o);
         scores_arrived(s);
+        if (block + 1 == own.block_end) q_place.release();  // for the next tile's
         weigh<false, decltype(whole)::value>(s, weights, o, softmax, mask, task, own, row0, block);
       }
       --block;
