@@ -113,7 +113,7 @@ def explain(
         elif reason is None and chosen is not None:
             reason = f"{chosen!r} is faster"
         elif reason is None and wanted is None and name == "sm90" and too_few_rows(call):
-            reason = "'gpu' is faster with so few queries, or so short and narrow ones"
+            reason = "'gpu' is faster with so few queries"
         if reason is None:
             chosen = name
         else:
