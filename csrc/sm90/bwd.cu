@@ -29,6 +29,7 @@ std::optional<std::string> obstacle(const AttnBwdParams& p, const GpuFacts& gpu)
   if (auto why = obstacle(static_cast<const AttnParams&>(p), gpu)) return why;
   if (p.mask.data || p.softcap > 0 || p.alibi_slopes || p.dropout_threshold)
     return "it has no gradients with attn_mask, softcap, alibi_slopes or dropout_p";
+  if (p.rows_q == 0) return "there is no query";
   const int64_t batch = p.cu_seqlens_q ? 1 : p.batch;
   if (!can_be_copied(p.grad_o, {batch, p.heads_q, p.rows_q, p.head_dim_v}))
     return "grad_out: it needs rows aligned to 16 bytes, and none that stand for several";
@@ -48,7 +49,8 @@ bool worthwhile(const AttnBwdParams& p) {
 BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic) {
   const int head_dim = compiled_head_dim(p, kBwdHeadDims);
   const bool wide = is_wide(head_dim);
-  BwdPlan plan{{{p}, deterministic && !wide}, head_dim};  // wide: no sum is shared
+  // wide: no sum is shared, but there are counters of tasks.
+  BwdPlan plan{{{p}, deterministic || wide}, head_dim, gpu.multiprocessors};
   flash_ext::BwdArgs& args = plan.args;
   args.pack = Divisor(1);
   const int block_kv = wide ? DkvTile::block_kv : BwdTile::block_kv;

@@ -34,7 +34,7 @@ struct DkvTask : BwdTask {
 
 // The index-th of batch * heads_kv * key blocks.
 template <typename Config>
-FX_DEVICE DkvTask dkv_task(const BwdArgs& args, unsigned index) {
+FX_DEVICE DkvTask dkv_task(const WideBwdArgs& args, unsigned index) {
   const auto [key_block, group] =
       block_of_group(index, args.blocks_kv, args.groups, args.groups_at_once);
   return {
@@ -46,22 +46,25 @@ struct DkvShared {
   using T = typename Config::T;
   using KvTile = typename Config::KvTile;
   using QTile = typename Config::QTile;
-  static constexpr int kQ = 2 * KvTile::kBytes, kGradO = kQ + Config::kQStages * QTile::kBytes;
-  static constexpr int kRest = kGradO + Config::kGradStages * QTile::kBytes;
-  // Four weights of each of a warpgroup's threads a chunk.
+  // Eight weights of each of a warpgroup's threads a chunk.
   static constexpr int kChunks = Config::kBlockQ / 16;
+  using Weights = uint4[kChunks][kWarpgroup];
+  static constexpr int kQ = 2 * KvTile::kBytes, kGradO = kQ + Config::kQStages * QTile::kBytes;
+  static constexpr int kWeights = kGradO + Config::kGradStages * QTile::kBytes;
+  static constexpr int kBytes = kWeights + Config::kWeightStages * int{sizeof(Weights)};
   struct Rest {
-    uint4 weights[Config::kWeightStages][kChunks][kWarpgroup];
     BlockStats<Config::kBlockQ> stats[Config::kQStages];
     Place q[Config::kQStages], rows[Config::kQStages], grad_o[Config::kGradStages];
     Place handed_over[Config::kWeightStages];
     Place k, v;
     TaskRing<DkvTask> tasks;
   };
-  static constexpr int kBytes = kRest + static_cast<int>(sizeof(Rest));
   unsigned char* base;
+  Rest& rest;
 
-  FX_DEVICE Rest& rest() const { return *reinterpret_cast<Rest*>(base + kRest); }
+  FX_DEVICE Weights& weights(int stage) const {
+    return reinterpret_cast<Weights*>(base + kWeights)[stage];
+  }
   FX_DEVICE KvTile k() const { return {reinterpret_cast<T*>(base)}; }
   FX_DEVICE KvTile v() const { return {reinterpret_cast<T*>(base + KvTile::kBytes)}; }
   FX_DEVICE QTile q(int stage) const {
@@ -73,21 +76,20 @@ struct DkvShared {
 
   FX_DEVICE void init() const {
     constexpr int kWarps = 2 * kWarpgroup / kWarpSize;  // both warpgroups read all of it
-    for (Place& place : rest().q) place.init(kWarps);
-    for (Place& place : rest().rows) place.init(kWarps);
-    for (Place& place : rest().grad_o) place.init(kWarps);
-    for (Place& place : rest().handed_over)
+    for (Place& place : rest.q) place.init(kWarps);
+    for (Place& place : rest.rows) place.init(kWarps);
+    for (Place& place : rest.grad_o) place.init(kWarps);
+    for (Place& place : rest.handed_over)
       place.full.init(kWarps / 2), place.empty.init(kWarps / 2);
-    rest().k.init(kWarps / 2), rest().v.init(kWarps / 2);
-    rest().tasks.init(kWarps + 2);
-    Mbarrier::publish_init();
+    rest.k.init(kWarps / 2), rest.v.init(kWarps / 2);
+    rest.tasks.init(kWarps + 2);
   }
 };
 
 // One thread: everything is loaded in the order in which it is used.
 template <typename Config>
-FX_DEVICE void load_for_dkv(const BwdArgs& args, DkvShared<Config> shared) {
-  auto& rest = shared.rest();
+FX_DEVICE void load_for_dkv(const WideBwdArgs& args, DkvShared<Config> shared) {
+  auto& rest = shared.rest;
   RingPosition<Config::kQStages> q_at;
   RingPosition<Config::kGradStages> grad_at;
   RingPosition<1> keys_at;
@@ -120,11 +122,11 @@ FX_DEVICE void load_for_dkv(const BwdArgs& args, DkvShared<Config> shared) {
 
 // One warp: what must be known of rows.
 template <typename Config>
-FX_DEVICE void load_stats_for_dkv(const BwdArgs& args, DkvShared<Config> shared) {
+FX_DEVICE void load_stats_for_dkv(const WideBwdArgs& args, DkvShared<Config> shared) {
   static_assert(Config::kBlockQ == 2 * kWarpSize);
   const int lane = static_cast<int>(lane_id());
   RingPosition<Config::kQStages> at;
-  shared.rest().tasks.for_each([&](const DkvTask& task) {
+  shared.rest.tasks.for_each([&](const DkvTask& task) {
     for_each_block(args, task, [&](int head, int block) {
       const RowStats* first = args.stats + first_row_of(args, task, head);
       RowStats x[2];
@@ -133,8 +135,8 @@ FX_DEVICE void load_stats_for_dkv(const BwdArgs& args, DkvShared<Config> shared)
         const int row = block * Config::kBlockQ + i * kWarpSize + lane;
         x[i] = row < task.rows ? first[row] : RowStats{INFINITY, 0.f};
       }
-      Place& place = shared.rest().rows[at.stage];
-      auto& stats = shared.rest().stats[at.stage];
+      Place& place = shared.rest.rows[at.stage];
+      auto& stats = shared.rest.stats[at.stage];
       place.wait_empty(at.parity);
 #pragma unroll
       for (int i = 0; i < 2; ++i)
@@ -170,8 +172,8 @@ class DkvCompute {
   using SumRing = RingPosition<kDk ? Config::kQStages : Config::kGradStages>;
 
  public:
-  FX_DEVICE DkvCompute(const BwdArgs& args, DkvShared<Config> shared)
-      : args(args), p(args.params), shared(shared), rest(shared.rest()),
+  FX_DEVICE DkvCompute(const WideBwdArgs& args, DkvShared<Config> shared)
+      : args(args), p(args.params), shared(shared), rest(shared.rest),
         warp_row(uniform(static_cast<int>(warp_id()) % 4) * 16),
         scale(static_cast<float>(p.scale) * kLog2e) {}
 
@@ -180,7 +182,7 @@ class DkvCompute {
   }
 
  private:
-  const BwdArgs& args;
+  const WideBwdArgs& args;
   const AttnBwdParams& p;
   const DkvShared<Config> shared;
   typename DkvShared<Config>::Rest& rest;
@@ -290,7 +292,7 @@ class DkvCompute {
 #pragma unroll
     for (int n = 0; n < kBlockQ / 16; ++n) {
       const uint32_t* x = weights.atom[0][n].reg;
-      rest.weights[weights_at.stage][n][threadIdx.x % kWarpgroup] = {x[0], x[1], x[2], x[3]};
+      shared.weights(weights_at.stage)[n][threadIdx.x % kWarpgroup] = {x[0], x[1], x[2], x[3]};
     }
     __syncwarp();  // those of all lanes are there
     if (lane_id() == 0) place.full.arrive();
@@ -315,7 +317,7 @@ class DkvCompute {
     place.wait_full(weights_at.parity);
 #pragma unroll
     for (int n = 0; n < kBlockQ / 16; ++n) {
-      const uint4 x = rest.weights[weights_at.stage][n][threadIdx.x % kWarpgroup];
+      const uint4 x = shared.weights(weights_at.stage)[n][threadIdx.x % kWarpgroup];
       ds.atom[0][n] = {{x.x, x.y, x.z, x.w}};
     }
     __syncwarp();  // all lanes have read

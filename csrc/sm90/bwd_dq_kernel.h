@@ -39,7 +39,7 @@ struct DqTask : RowGroup, KeyBlocks {
 
 // The index-th of batch * heads_q * row blocks: those that see the last keys come first.
 template <typename Config>
-FX_DEVICE DqTask dq_task(const BwdArgs& args, unsigned index) {
+FX_DEVICE DqTask dq_task(const WideBwdArgs& args, unsigned index) {
   const unsigned heads = static_cast<unsigned>(args.heads_of_group);
   const auto [block, group] = block_of_group(index, args.blocks_q, args.groups * heads,
                                              args.groups_at_once * heads);
@@ -60,16 +60,15 @@ struct DqShared {
   using KvTile = typename Config::KvTile;
   static constexpr int kGradO = Config::kWarpgroups * QTile::kBytes, kK = 2 * kGradO;
   static constexpr int kV = kK + Config::kKStages * KvTile::kBytes;
-  static constexpr int kRest = kV + Config::kVStages * KvTile::kBytes;
+  static constexpr int kBytes = kV + Config::kVStages * KvTile::kBytes;
   struct Rest {
     Place k[Config::kKStages], v[Config::kVStages];
     Place q[Config::kWarpgroups], grad_o[Config::kWarpgroups];
     TaskRing<DqTask> tasks;
   };
-  static constexpr int kBytes = kRest + static_cast<int>(sizeof(Rest));
   unsigned char* base;
+  Rest& rest;
 
-  FX_DEVICE Rest& rest() const { return *reinterpret_cast<Rest*>(base + kRest); }
   FX_DEVICE QTile q(int i) const { return {reinterpret_cast<T*>(base + i * QTile::kBytes)}; }
   FX_DEVICE QTile grad_o(int i) const {
     return {reinterpret_cast<T*>(base + kGradO + i * QTile::kBytes)};
@@ -83,19 +82,18 @@ struct DqShared {
 
   FX_DEVICE void init() const {
     constexpr int kWarps = Config::kWarpgroups * kWarpgroup / kWarpSize;
-    for (Place& place : rest().k) place.init(kWarps);
-    for (Place& place : rest().v) place.init(kWarps);
-    for (Place& place : rest().q) place.init(kWarpgroup / kWarpSize);
-    for (Place& place : rest().grad_o) place.init(kWarpgroup / kWarpSize);
-    rest().tasks.init(kWarps + 1);
-    Mbarrier::publish_init();
+    for (Place& place : rest.k) place.init(kWarps);
+    for (Place& place : rest.v) place.init(kWarps);
+    for (Place& place : rest.q) place.init(kWarpgroup / kWarpSize);
+    for (Place& place : rest.grad_o) place.init(kWarpgroup / kWarpSize);
+    rest.tasks.init(kWarps + 1);
   }
 };
 
 // One thread: everything is loaded in the order in which it is used.
 template <typename Config>
-FX_DEVICE void load_for_dq(const BwdArgs& args, DqShared<Config> shared) {
-  auto& rest = shared.rest();
+FX_DEVICE void load_for_dq(const WideBwdArgs& args, DqShared<Config> shared) {
+  auto& rest = shared.rest;
   RingPosition<Config::kKStages> k_at;
   RingPosition<Config::kVStages> v_at;
   RingPosition<1> rows_at;
@@ -108,7 +106,7 @@ FX_DEVICE void load_for_dq(const BwdArgs& args, DqShared<Config> shared) {
     const auto load_keys = [&](int block) {
       Place& place = rest.k[k_at.stage];
       place.wait_empty(k_at.parity);
-      copy_tile(shared.k(k_at.stage), args.k_map, keys_at(block), place.full);
+      copy_tile(shared.k(k_at.stage), args.dq_k_map, keys_at(block), place.full);
       k_at.advance();
     };
     const auto load_rows = [&](auto tile, const CUtensorMap& map, Place& place, int i) {
@@ -126,7 +124,7 @@ FX_DEVICE void load_for_dq(const BwdArgs& args, DqShared<Config> shared) {
     for (int block = task.block_begin; block < task.block_end; ++block) {
       Place& place = rest.v[v_at.stage];
       place.wait_empty(v_at.parity);
-      copy_tile(shared.v(v_at.stage), args.v_map, keys_at(block), place.full);
+      copy_tile(shared.v(v_at.stage), args.dq_v_map, keys_at(block), place.full);
       v_at.advance();
       if (block + 1 < task.block_end) load_keys(block + 1);
     }
@@ -143,8 +141,8 @@ class DqCompute {
   static constexpr int kBlockKV = Config::kBlockKV, kHeadDim = Config::kHeadDim;
 
  public:
-  FX_DEVICE DqCompute(const BwdArgs& args, DqShared<Config> shared, int id)
-      : args(args), p(args.params), shared(shared), rest(shared.rest()), id(id),
+  FX_DEVICE DqCompute(const WideBwdArgs& args, DqShared<Config> shared, int id)
+      : args(args), p(args.params), shared(shared), rest(shared.rest), id(id),
         warp_row(uniform(static_cast<int>(warp_id()) % 4) * 16),
         scale(static_cast<float>(p.scale) * kLog2e) {}
 
@@ -153,7 +151,7 @@ class DqCompute {
   }
 
  private:
-  const BwdArgs& args;
+  const WideBwdArgs& args;
   const AttnBwdParams& p;
   const DqShared<Config> shared;
   typename DqShared<Config>::Rest& rest;

@@ -5,7 +5,7 @@
 namespace flash_ext::sm90 {
 
 // Products have these widths; others are filled up with zeros on the way to shared memory.
-inline constexpr int kFwdHeadDims[] = {64, 80, 96, 128, 192, 256};
+inline constexpr int kFwdHeadDims[] = {32, 64, 80, 96, 128, 192, 256};
 
 // What a kernel can do beyond band masks and sinks, where it is asked to.
 enum class FwdOptions {
@@ -40,6 +40,7 @@ struct FwdTile {
 constexpr FwdTile fwd_tile(int head_dim, FwdOptions options, bool even) {
   const bool plain = options == FwdOptions::none;
   switch (head_dim) {
+    case 32: return plain ? FwdTile{4, 64, 4, 2} : FwdTile{3, 96, 3, 2};
     case 64:
       if (!plain) return {3, 96, 3, 2};
       return even ? FwdTile{4, 64, 4, 2} : FwdTile{3, 128, 3, 2};

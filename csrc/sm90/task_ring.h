@@ -34,7 +34,7 @@ struct TaskRing {
       if (!is_any) return;
     }
   }
-  // f(task) for each. Lanes of a warp that call it together count as one reader.
+  // f(task) for each, by a reader: a warp whose lanes all have read the task when f ends, or its first lane.
   template <typename F>
   FX_DEVICE void for_each(F f) {
 #pragma unroll 1
@@ -42,7 +42,6 @@ struct TaskRing {
       place[at.stage].wait_full(at.parity);
       if (!any[at.stage]) return;
       f(task[at.stage]);
-      __syncwarp(__activemask());  // all lanes have read
       place[at.stage].release();
     }
   }
