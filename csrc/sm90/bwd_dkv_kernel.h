@@ -145,6 +145,7 @@ FX_DEVICE void load_stats_for_dkv(const WideBwdArgs& args, DkvShared<Config> sha
       if (lane == 0) place.full.arrive();
       at.advance();
     });
+    __syncwarp();  // all lanes have read the task
   });
 }
 
@@ -178,7 +179,10 @@ class DkvCompute {
         scale(static_cast<float>(p.scale) * kLog2e) {}
 
   FX_DEVICE void all_tasks() {
-    rest.tasks.for_each([&](const DkvTask& task) { run(task); });
+    rest.tasks.for_each([&](const DkvTask& task) {
+      run(task);
+      __syncwarp();  // all lanes have read the task
+    });
   }
 
  private:

@@ -147,7 +147,10 @@ class DqCompute {
         scale(static_cast<float>(p.scale) * kLog2e) {}
 
   FX_DEVICE void all_tasks() {
-    rest.tasks.for_each([&](const DqTask& task) { run(task); });
+    rest.tasks.for_each([&](const DqTask& task) {
+      run(task);
+      __syncwarp();  // all lanes have read the task
+    });
   }
 
  private:

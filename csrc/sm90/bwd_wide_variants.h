@@ -31,7 +31,7 @@ struct DqTile {
 };
 
 // Registers of each thread of those that load, and of those that compute.
-inline constexpr int kWideLoaderRegisters = 24, kWideRegisters = 240;
+inline constexpr int kWideLoaderRegisters = 40, kWideRegisters = 232;
 
 constexpr DkvTile dkv_tile(int head_dim) {
   if (head_dim == 192) return {3, 3, 2, true, false};
