@@ -35,7 +35,7 @@ std::optional<std::string> obstacle(const AttnBwdParams& p, const GpuFacts& gpu)
     return "grad_out: it needs rows aligned to 16 bytes, and none that stand for several";
   if (!in_chunks(p.dq, 2) || !in_chunks(p.dk, 2) || !in_chunks(p.dv, 2))
     return "it needs gradients aligned to 16 bytes";
-  if (p.batch * p.heads_kv * ceil_div(p.seq_kv, DkvTile::block_kv) >= int64_t{1} << 31)
+  if (p.batch * p.heads_kv * ceil_div(p.seq_kv, DkvTile::block_kv) >= int64_t{1} << 30)
     return "there are too many keys";
   return std::nullopt;
 }
@@ -60,7 +60,7 @@ BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic
   args.rows = p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;
   args.dq_cols = wide ? 0 : head_dim;
   args.dq_flip = 8;
-  args.blocks_q = static_cast<int>(ceil_div(p.seq_q, block_q));
+  args.blocks_q = static_cast<int>(std::max<int64_t>(ceil_div(p.seq_q, block_q), 1));
   args.groups_at_once = groups_at_once(args, gpu, gpu.multiprocessors);
   return plan;
 }
@@ -69,7 +69,7 @@ void launch_bwd(const BwdPlan& plan, void* stream) {
   const flash_ext::BwdArgs& args = plan.args;
   launch_bwd_start(plan, stream);
   launch_bwd_dsinks(args, stream);
-  if (args.groups > 0 && (args.blocks_kv > 0 || is_wide(plan.head_dim))) {
+  if (args.groups * args.blocks_kv > 0) {
     const auto launch = args.params.dtype == DType::f16
                             ? launcher_of_dtype<DType::f16>(plan.head_dim)
                             : launcher_of_dtype<DType::bf16>(plan.head_dim);

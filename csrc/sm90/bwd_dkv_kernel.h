@@ -79,8 +79,7 @@ struct DkvShared {
     for (Place& place : rest.q) place.init(kWarps);
     for (Place& place : rest.rows) place.init(kWarps);
     for (Place& place : rest.grad_o) place.init(kWarps);
-    for (Place& place : rest.handed_over)
-      place.full.init(kWarps / 2), place.empty.init(kWarps / 2);
+    for (Place& place : rest.handed_over) place.full.init(kWarps / 2), place.empty.init(kWarps / 2);
     rest.k.init(kWarps / 2), rest.v.init(kWarps / 2);
     rest.tasks.init(kWarps + 2);
   }
@@ -216,11 +215,8 @@ class DkvCompute {
     if constexpr (kDk)
       sum.for_each([&](float& x, int, int, int) { x *= static_cast<float>(p.scale); });
     const TensorView& dst = kDk ? p.dk : p.dv;
-    const int key = task.key0 + warp_row;
-    write_rows(sum,
-               static_cast<T*>(dst.data) + task.kv_offset(dst) + int64_t{key} * dst.seq_stride,
-               dst.seq_stride, task.seq_kv - key,
-               static_cast<int>(kDk ? p.head_dim : p.head_dim_v));
+    write_rows(sum, static_cast<T*>(dst.data) + task.kv_offset(dst), dst.seq_stride,
+               task.key0 + warp_row, task.seq_kv, kDk ? p.head_dim : p.head_dim_v);
   }
 
   // A number of each of the columns that this lane holds of scores, for each half of an atom.

@@ -1,8 +1,8 @@
-// dq of wide heads on Hopper, see bwd_wide_variants.h: a kernel of its own, which computes the gradients
-// of scores once more. Were dq a by-product of dk and dv, sums in global memory would be added to for
-// each 64 keys, and the L2 cache would be the bound; so it stays in registers, no sum is shared, and
-// results repeat bit for bit. Two warpgroups own 64 query rows each; blocks of keys pass by. A fourth
-// of the warps' number loads, as in the forward.
+// dq of wide heads on Hopper, which computes the gradients of scores once more: seven products a block of
+// scores instead of five. Were dq a by-product of dk and dv, sums in global memory would be added to for
+// each 64 keys, and the L2 cache would be the bound. So it stays in registers, no sum is shared, and
+// results repeat bit for bit. A task is 128 query rows, 64 of each of two warpgroups; blocks of keys pass
+// by.
 #pragma once
 #include "../attn/bwd_task.h"
 #include "../attn/element.h"
@@ -32,8 +32,8 @@ struct DqConfig {
 };
 
 struct DqTask : RowGroup, KeyBlocks {
-  int64_t first_row;  // of the group, in BwdArgs::stats
-  int row0;           // the block's first row
+  int64_t first_row;                                        // of the group, in BwdArgs::stats
+  int row0;                                                 // the block's first row
   FX_DEVICE bool is_empty() const { return row0 >= rows; }  // shorter than the longest sequence
 };
 
@@ -41,11 +41,13 @@ struct DqTask : RowGroup, KeyBlocks {
 template <typename Config>
 FX_DEVICE DqTask dq_task(const WideBwdArgs& args, unsigned index) {
   const unsigned heads = static_cast<unsigned>(args.heads_of_group);
-  const auto [block, group] = block_of_group(index, args.blocks_q, args.groups * heads,
-                                             args.groups_at_once * heads);
+  const auto [block, group] =
+      block_of_group(index, args.blocks_q, args.groups * heads, args.groups_at_once * heads);
   const RowGroup rows = row_group(args.params, group, args.pack);
   constexpr int kBlockQ = Config::kBlockQ;
-  DqTask t{rows, {}, args.first_row(rows.batch, rows.head, rows.first_q),
+  DqTask t{rows,
+           {},
+           args.first_row(rows.batch, rows.head, rows.first_q),
            (args.blocks_q - 1 - block) * kBlockQ};
   if (t.row0 < t.rows)
     static_cast<KeyBlocks&>(t) =
@@ -115,8 +117,7 @@ FX_DEVICE void load_for_dq(const WideBwdArgs& args, DqShared<Config> shared) {
       copy_tile(tile, map, Corner{row, task.head, batch}, place.full);
     };
     load_keys(task.block_begin);
-    for (int i = 0; i < Config::kWarpgroups; ++i)
-      load_rows(shared.q(i), args.q_map, rest.q[i], i);
+    for (int i = 0; i < Config::kWarpgroups; ++i) load_rows(shared.q(i), args.q_map, rest.q[i], i);
     for (int i = 0; i < Config::kWarpgroups; ++i)
       load_rows(shared.grad_o(i), args.grad_o_map, rest.grad_o[i], i);
     rows_at.advance();
@@ -185,9 +186,8 @@ class DqCompute {
       pass_blocks(task.block_end - passed);
     }
     dq.for_each([&](float& x, int, int, int) { x *= static_cast<float>(p.scale); });
-    const int row = row0 + warp_row;
-    write_rows(dq, static_cast<T*>(p.dq.data) + task.first_offset(p.dq) + row * p.dq.seq_stride,
-               p.dq.seq_stride, task.rows - row, static_cast<int>(p.head_dim));
+    write_rows(dq, static_cast<T*>(p.dq.data) + task.first_offset(p.dq), p.dq.seq_stride,
+               row0 + warp_row, task.rows, p.head_dim);
   }
 
   FX_DEVICE void wait_for_warpgroup() { barrier_wait(1 + id, kWarpgroup); }
@@ -259,7 +259,8 @@ class DqCompute {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
       const int row = row0 + warp_row + s.row(0, slot);
-      const RowStats x = row < task.rows ? args.stats[task.first_row + row] : RowStats{INFINITY, 0.f};
+      const RowStats x =
+          row < task.rows ? args.stats[task.first_row + row] : RowStats{INFINITY, 0.f};
       lse[slot] = x.lse, delta[slot] = x.delta;
     }
     constexpr bool kLate = Config::kTile.late;
@@ -278,12 +279,10 @@ class DqCompute {
       if (block + 1 == own.block_end) rest.grad_o[id].release();
       rest.v[v_at.stage].release();
       v_at.advance();
-      dp.for_each(s, [&](float& x, float weight, int, int slot, int) {
-        x = weight * (x - delta[slot]);
-      });
+      dp.for_each(
+          s, [&](float& x, float weight, int, int slot, int) { x = weight * (x - delta[slot]); });
 #pragma unroll
-      for (int n = 0; n < kBlockKV / 16; ++n)
-        ds.atom[0][n] = MmaAtom<T>::to_operand(dp.atom[0][n]);
+      for (int n = 0; n < kBlockKV / 16; ++n) ds.atom[0][n] = MmaAtom<T>::to_operand(dp.atom[0][n]);
       start_dq(dq, ds);
       if (++block == own.block_end) break;
       start_scores(task, s, block);

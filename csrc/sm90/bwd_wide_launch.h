@@ -27,8 +27,7 @@ void launch_wide_config(const BwdPlan& plan, void* stream) {
   args.v_map = map(p.v, keys, p.head_dim_v, Dkv::kBlockKV);
   args.dq_k_map = map(p.k, keys, p.head_dim, Dq::kBlockKV);
   args.dq_v_map = map(p.v, keys, p.head_dim_v, Dq::kBlockKV);
-  const int64_t tasks =
-      args.groups * std::max(args.blocks_kv, args.heads_of_group * args.blocks_q);
+  const int64_t tasks = args.groups * std::max(args.blocks_kv, args.heads_of_group * args.blocks_q);
   kernel<<<static_cast<unsigned>(std::min<int64_t>(tasks, plan.multiprocessors)), Dkv::kThreads,
            kSmemBytes, static_cast<stream_t>(stream)>>>(args);
   FX_CUDA_CHECK(cudaGetLastError());

@@ -1,4 +1,4 @@
-// Every Hopper backward kernel of wide heads that is compiled, and the size of its tiles.
+// The Hopper backward of wide heads: which there are, and the size of its tiles.
 #pragma once
 #include "../attn/params.h"
 
@@ -7,8 +7,8 @@ namespace flash_ext::sm90 {
 // Where dk and dv of 64 keys do not fit the registers of a warpgroup.
 constexpr bool is_wide(int head_dim) { return head_dim > 128; }
 
-// Of the kernel for dk and dv: 64 keys, and blocks of 64 rows. dk fills the registers of a warpgroup,
-// dv those of another.
+// For dk and dv: 64 keys, and blocks of 64 rows. dk fills the registers of a warpgroup, dv those of
+// another.
 struct DkvTile {
   int q_stages;       // blocks of q in shared memory
   int grad_stages;    // ... of grad_o
@@ -20,7 +20,7 @@ struct DkvTile {
   static constexpr int block_q = 64, block_kv = 64;
 };
 
-// Of the kernel for dq: 64 rows for each of two warpgroups.
+// For dq: 64 rows for each of two warpgroups.
 struct DqTile {
   int block_kv;  // keys of a block
   int k_stages;  // blocks of k in shared memory
