@@ -49,8 +49,7 @@ bool worthwhile(const AttnBwdParams& p) {
 BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic) {
   const int head_dim = compiled_head_dim(p, kBwdHeadDims);
   const bool wide = is_wide(head_dim);
-  // wide: no sum is shared, but there are counters of tasks.
-  BwdPlan plan{{{p}, deterministic || wide}, head_dim, gpu.multiprocessors};
+  BwdPlan plan{{{p}, deterministic && !wide}, head_dim};  // wide: no sum is shared
   flash_ext::BwdArgs& args = plan.args;
   args.pack = Divisor(1);
   const int block_kv = wide ? DkvTile::block_kv : BwdTile::block_kv;
@@ -60,7 +59,7 @@ BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic
   args.rows = p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;
   args.dq_cols = wide ? 0 : head_dim;
   args.dq_flip = 8;
-  args.blocks_q = static_cast<int>(std::max<int64_t>(ceil_div(p.seq_q, block_q), 1));
+  args.blocks_q = static_cast<int>(ceil_div(p.seq_q, block_q));
   args.groups_at_once = groups_at_once(args, gpu, gpu.multiprocessors);
   return plan;
 }

@@ -10,14 +10,13 @@ namespace flash_ext::sm90 {
 
 struct BwdPlan : BwdSums {
   int head_dim;  // of kBwdHeadDims
-  int multiprocessors;
 };
 
 using BwdLauncher = void (*)(const BwdPlan&, void* stream);
 // In bwd_hd<head_dim>_<dtype>.cu: the main kernel.
 template <DType kDType, int kHeadDim>
 void launch_main(const BwdPlan& plan, void* stream);
-// ... of wide heads.
+// The kernels for dk and dv, and for dq, of wide heads.
 template <DType kDType, int kHeadDim>
 void launch_wide(const BwdPlan& plan, void* stream);
 

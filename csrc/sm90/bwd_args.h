@@ -12,10 +12,4 @@ struct BwdArgs : flash_ext::BwdArgs {
   CUtensorMap q_map, k_map, v_map, grad_o_map;  // as in FwdArgs
 };
 
-// Of wide heads; blocks of keys have a size of their own where they pass by for dq. turns: how many tasks
-// of dk and dv have been taken, and how many of dq.
-struct WideBwdArgs : BwdArgs {
-  CUtensorMap dq_k_map, dq_v_map;
-};
-
 }  // namespace flash_ext::sm90

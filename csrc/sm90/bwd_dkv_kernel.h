@@ -1,4 +1,4 @@
-// dk and dv of wide heads on Hopper, see bwd_wide_variants.h. A task is 64 keys, and blocks of
+// dk and dv of wide heads on Hopper, see bwd_wide_variants.h. A thread block owns 64 keys, and blocks of
 // 64 query rows pass by. dk and dv do not fit the registers of one warpgroup, so one computes weights
 // and dv, the other the gradients of scores and dk; the weights go from one to the other through shared
 // memory, where each thread finds those of its own scores. Everything is transposed, [keys, rows], so
@@ -7,7 +7,6 @@
 #pragma once
 #include "bwd_kernel.h"
 #include "bwd_wide_variants.h"
-#include "task_ring.h"
 #include "write_rows.h"
 
 namespace flash_ext::sm90 {
@@ -28,43 +27,27 @@ struct DkvConfig {
   using KvGrad = AccTile<T, 16, kHeadDim>;
 };
 
-struct DkvTask : BwdTask {
-  FX_DEVICE bool is_empty() const { return key0 >= seq_kv; }  // shorter than the longest sequence
-};
-
-// The index-th of batch * heads_kv * key blocks.
-template <typename Config>
-FX_DEVICE DkvTask dkv_task(const WideBwdArgs& args, unsigned index) {
-  const auto [key_block, group] =
-      block_of_group(index, args.blocks_kv, args.groups, args.groups_at_once);
-  return {
-      bwd_task<Config::kBlockKV, Config::kBlockQ>(args, group * args.heads_of_group, key_block)};
-}
-
 template <typename Config>
 struct DkvShared {
   using T = typename Config::T;
   using KvTile = typename Config::KvTile;
   using QTile = typename Config::QTile;
-  // Eight weights of each of a warpgroup's threads a chunk.
-  static constexpr int kChunks = Config::kBlockQ / 16;
-  using Weights = uint4[kChunks][kWarpgroup];
   static constexpr int kQ = 2 * KvTile::kBytes, kGradO = kQ + Config::kQStages * QTile::kBytes;
-  static constexpr int kWeights = kGradO + Config::kGradStages * QTile::kBytes;
-  static constexpr int kBytes = kWeights + Config::kWeightStages * int{sizeof(Weights)};
+  static constexpr int kRest = kGradO + Config::kGradStages * QTile::kBytes;
+  // Four weights of each of a warpgroup's threads a chunk.
+  static constexpr int kChunks = Config::kBlockQ / 16;
   struct Rest {
+    uint4 weights[Config::kWeightStages][kChunks][kWarpgroup];
     BlockStats<Config::kBlockQ> stats[Config::kQStages];
     Place q[Config::kQStages], rows[Config::kQStages], grad_o[Config::kGradStages];
     Place handed_over[Config::kWeightStages];
-    Place k, v;
-    TaskRing<DkvTask> tasks;
+    Mbarrier k, v;
+    BwdTask task;  // here, because registers are dear
   };
+  static constexpr int kBytes = kRest + static_cast<int>(sizeof(Rest));
   unsigned char* base;
-  Rest& rest;
 
-  FX_DEVICE Weights& weights(int stage) const {
-    return reinterpret_cast<Weights*>(base + kWeights)[stage];
-  }
+  FX_DEVICE Rest& rest() const { return *reinterpret_cast<Rest*>(base + kRest); }
   FX_DEVICE KvTile k() const { return {reinterpret_cast<T*>(base)}; }
   FX_DEVICE KvTile v() const { return {reinterpret_cast<T*>(base + KvTile::kBytes)}; }
   FX_DEVICE QTile q(int stage) const {
@@ -76,75 +59,65 @@ struct DkvShared {
 
   FX_DEVICE void init() const {
     constexpr int kWarps = 2 * kWarpgroup / kWarpSize;  // both warpgroups read all of it
-    for (Place& place : rest.q) place.init(kWarps);
-    for (Place& place : rest.rows) place.init(kWarps);
-    for (Place& place : rest.grad_o) place.init(kWarps);
-    for (Place& place : rest.handed_over) place.full.init(kWarps / 2), place.empty.init(kWarps / 2);
-    rest.k.init(kWarps / 2), rest.v.init(kWarps / 2);
-    rest.tasks.init(kWarps + 2);
+    for (Place& place : rest().q) place.init(kWarps);
+    for (Place& place : rest().rows) place.init(kWarps);
+    for (Place& place : rest().grad_o) place.init(kWarps);
+    for (Place& place : rest().handed_over)
+      place.full.init(kWarps / 2), place.empty.init(kWarps / 2);
+    rest().k.init(1), rest().v.init(1);
+    Mbarrier::publish_init();
   }
 };
 
 // One thread: everything is loaded in the order in which it is used.
 template <typename Config>
-FX_DEVICE void load_for_dkv(const WideBwdArgs& args, DkvShared<Config> shared) {
-  auto& rest = shared.rest;
+FX_DEVICE void load_for_dkv(const BwdArgs& args, const BwdTask& task, DkvShared<Config> shared) {
+  auto& rest = shared.rest();
+  const int batch = args.params.cu_seqlens_q ? 0 : task.batch;
+  const Corner keys{static_cast<int>(task.first_k) + task.key0, task.kv_head, batch};
+  copy_tile(shared.k(), args.k_map, keys, rest.k);
   RingPosition<Config::kQStages> q_at;
   RingPosition<Config::kGradStages> grad_at;
-  RingPosition<1> keys_at;
-  rest.tasks.for_each([&](const DkvTask& task) {
-    const int batch = args.params.cu_seqlens_q ? 0 : task.batch;
-    const Corner keys{static_cast<int>(task.first_k) + task.key0, task.kv_head, batch};
-    rest.k.wait_empty(keys_at.parity);
-    copy_tile(shared.k(), args.k_map, keys, rest.k.full);
-    bool values_too = true;
-    const auto load_values = [&] {
-      rest.v.wait_empty(keys_at.parity);
-      copy_tile(shared.v(), args.v_map, keys, rest.v.full);
-      values_too = false;
-    };
-    for_each_block(args, task, [&](int head, int block) {
-      const Corner rows{static_cast<int>(task.first_q) + block * Config::kBlockQ, task.head + head,
-                        batch};
-      Place &q = rest.q[q_at.stage], &grad_o = rest.grad_o[grad_at.stage];
-      q.wait_empty(q_at.parity);
-      copy_tile(shared.q(q_at.stage), args.q_map, rows, q.full);
-      if (values_too) load_values();
-      grad_o.wait_empty(grad_at.parity);
-      copy_tile(shared.grad_o(grad_at.stage), args.grad_o_map, rows, grad_o.full);
-      q_at.advance(), grad_at.advance();
-    });
-    if (values_too) load_values();
-    keys_at.advance();
+  bool first = true;
+  for_each_block(args, task, [&](int head, int block) {
+    const Corner rows{static_cast<int>(task.first_q) + block * Config::kBlockQ, task.head + head,
+                      batch};
+    Place &q = rest.q[q_at.stage], &grad_o = rest.grad_o[grad_at.stage];
+    q.wait_empty(q_at.parity);
+    copy_tile(shared.q(q_at.stage), args.q_map, rows, q.full);
+    if (first) copy_tile(shared.v(), args.v_map, keys, rest.v);
+    first = false;
+    grad_o.wait_empty(grad_at.parity);
+    copy_tile(shared.grad_o(grad_at.stage), args.grad_o_map, rows, grad_o.full);
+    q_at.advance(), grad_at.advance();
   });
+  if (first) copy_tile(shared.v(), args.v_map, keys, rest.v);
 }
 
 // One warp: what must be known of rows.
 template <typename Config>
-FX_DEVICE void load_stats_for_dkv(const WideBwdArgs& args, DkvShared<Config> shared) {
+FX_DEVICE void load_stats_for_dkv(const BwdArgs& args, const BwdTask& task,
+                                  DkvShared<Config> shared) {
   static_assert(Config::kBlockQ == 2 * kWarpSize);
   const int lane = static_cast<int>(lane_id());
   RingPosition<Config::kQStages> at;
-  shared.rest.tasks.for_each([&](const DkvTask& task) {
-    for_each_block(args, task, [&](int head, int block) {
-      const RowStats* first = args.stats + first_row_of(args, task, head);
-      RowStats x[2];
+  for_each_block(args, task, [&](int head, int block) {
+    const RowStats* first = args.stats + first_row_of(args, task, head);
+    RowStats x[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = block * Config::kBlockQ + i * kWarpSize + lane;
-        x[i] = row < task.rows ? first[row] : RowStats{INFINITY, 0.f};
-      }
-      Place& place = shared.rest.rows[at.stage];
-      auto& stats = shared.rest.stats[at.stage];
-      place.wait_empty(at.parity);
+    for (int i = 0; i < 2; ++i) {
+      const int row = block * Config::kBlockQ + i * kWarpSize + lane;
+      x[i] = row < task.rows ? first[row] : RowStats{INFINITY, 0.f};
+    }
+    Place& place = shared.rest().rows[at.stage];
+    auto& stats = shared.rest().stats[at.stage];
+    place.wait_empty(at.parity);
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        stats.lse[i * kWarpSize + lane] = x[i].lse, stats.delta[i * kWarpSize + lane] = x[i].delta;
-      __syncwarp();  // all of it is there
-      if (lane == 0) place.full.arrive();
-      at.advance();
-    });
-    __syncwarp();  // all lanes have read the task
+    for (int i = 0; i < 2; ++i)
+      stats.lse[i * kWarpSize + lane] = x[i].lse, stats.delta[i * kWarpSize + lane] = x[i].delta;
+    __syncwarp();  // all of it is there
+    if (lane == 0) place.full.arrive();
+    at.advance();
   });
 }
 
@@ -167,57 +140,49 @@ class DkvCompute {
   using KvTile = typename Config::KvTile;
   using QTile = typename Config::QTile;
   static constexpr int kBlockQ = Config::kBlockQ, kHeadDim = Config::kHeadDim;
-  static constexpr bool kLate = kDk ? Config::kTile.dk_late : Config::kTile.dv_late;
   using ProductRing = RingPosition<kDk ? Config::kGradStages : Config::kQStages>;
   using SumRing = RingPosition<kDk ? Config::kQStages : Config::kGradStages>;
 
  public:
-  FX_DEVICE DkvCompute(const WideBwdArgs& args, DkvShared<Config> shared)
-      : args(args), p(args.params), shared(shared), rest(shared.rest),
+  FX_DEVICE DkvCompute(const BwdArgs& args, const BwdTask& task, DkvShared<Config> shared)
+      : p(args.params), task(task), shared(shared), rest(shared.rest()),
         warp_row(uniform(static_cast<int>(warp_id()) % 4) * 16),
-        scale(static_cast<float>(p.scale) * kLog2e) {}
+        scale(static_cast<float>(p.scale) * kLog2e), block_begin(task.block_begin),
+        block_end(task.block_end),
+        tail(p.cu_seqlens_q && task.rows % kBlockQ ? task.rows / kBlockQ : -1),
+        steps(args.heads_of_group * std::max(block_end - block_begin, 0)), block(block_end - 1) {}
 
-  FX_DEVICE void all_tasks() {
-    rest.tasks.for_each([&](const DkvTask& task) {
-      run(task);
-      __syncwarp();  // all lanes have read the task
-    });
+  FX_DEVICE void run() {
+    KvGrad sum;
+    sum.clear();
+    (kDk ? rest.v : rest.k).wait(0);
+    if (steps > 0) all_blocks(sum);
+    if constexpr (kDk)
+      sum.for_each([&](float& x, int, int, int) { x *= static_cast<float>(p.scale); });
+    wait_for_warpgroup();  // nobody reads these keys any more
+    const TensorView& dst = kDk ? p.dk : p.dv;
+    const int key = task.key0 + warp_row;
+    write_rows(sum, keys(), warp_row,
+               static_cast<T*>(dst.data) + task.kv_offset(dst) + int64_t{key} * dst.seq_stride,
+               dst.seq_stride, task.seq_kv - key,
+               static_cast<int>(kDk ? p.head_dim : p.head_dim_v));
   }
 
  private:
-  const WideBwdArgs& args;
   const AttnBwdParams& p;
+  const BwdTask& task;
   const DkvShared<Config> shared;
   typename DkvShared<Config>::Rest& rest;
   const int warp_row;
   const float scale;
-  int block_begin, block_end;  // of rows
-  int block;                   // whose product comes next
-  int tail;                    // the block that ends behind a packed sequence's last row
-  int tail_rows;               // of it
+  const int block_begin, block_end;  // of rows
+  const int tail;                    // the block that ends behind a packed sequence's last row
+  const int steps;
+  int block;  // whose product comes next
   ProductRing product_at;
   SumRing sum_at, done_at;
-  RingPosition<1> keys_at;
   RingPosition<Config::kQStages> rows_at;
   RingPosition<Config::kWeightStages> weights_at;
-
-  FX_DEVICE void run(const DkvTask& task) {
-    block_begin = task.block_begin, block_end = task.block_end, block = block_end - 1;
-    tail_rows = task.rows % kBlockQ;
-    tail = p.cu_seqlens_q && tail_rows ? task.rows / kBlockQ : -1;
-    const int steps = args.heads_of_group * std::max(block_end - block_begin, 0);
-    KvGrad sum;
-    sum.clear();
-    keys_place().wait_full(keys_at.parity);
-    if (steps > 0) all_blocks(task, sum, steps);
-    else keys_place().release();
-    keys_at.advance();
-    if constexpr (kDk)
-      sum.for_each([&](float& x, int, int, int) { x *= static_cast<float>(p.scale); });
-    const TensorView& dst = kDk ? p.dk : p.dv;
-    write_rows(sum, static_cast<T*>(dst.data) + task.kv_offset(dst), dst.seq_stride,
-               task.key0 + warp_row, task.seq_kv, kDk ? p.head_dim : p.head_dim_v);
-  }
 
   // A number of each of the columns that this lane holds of scores, for each half of an atom.
   struct OfColumns {
@@ -225,7 +190,6 @@ class DkvCompute {
   };
 
   FX_DEVICE KvTile keys() const { return kDk ? shared.v() : shared.k(); }
-  FX_DEVICE Place& keys_place() { return kDk ? rest.v : rest.k; }
   FX_DEVICE Place& product_place() {
     if constexpr (kDk) return rest.grad_o[product_at.stage];
     else return rest.q[product_at.stage];
@@ -238,7 +202,7 @@ class DkvCompute {
   // Each warpgroup clears what it reads, and so waits for none.
   FX_DEVICE void clear_tail(QTile tile, int of_block) {
     if (of_block != tail) return;
-    clear_rows(tile, tail_rows, kBlockQ, threadIdx.x % kWarpgroup, kWarpgroup);
+    clear_rows(tile, task.rows % kBlockQ, kBlockQ, threadIdx.x % kWarpgroup, kWarpgroup);
     wait_for_warpgroup();  // all rows are clear
   }
 
@@ -275,14 +239,14 @@ class DkvCompute {
   }
 
   // Scores become weights, which the other warpgroup gets, too.
-  FX_DEVICE void weigh(const DkvTask& task, Scores& s, const OfColumns& lse, Weights& weights) {
+  FX_DEVICE void weigh(Scores& s, const OfColumns& lse, Weights& weights) {
 #pragma unroll
     for (int i = 0; i < kBlockQ / 2; ++i) {
       float& x = s.atom[0][i / 8].reg[i % 8];
       const float2 y = lse.pair[i / 4];
       x = fast_exp2(fmaf(x, scale, -(i % 2 ? y.y : y.x)));
     }
-    if (block < task.whole_begin || block >= task.whole_end) hide(task, s);
+    if (block < task.whole_begin || block >= task.whole_end) hide(s);
 #pragma unroll
     for (int n = 0; n < kBlockQ / 16; ++n)
       weights.atom[0][n] = MmaAtom<T>::to_operand(s.atom[0][n]);
@@ -292,13 +256,13 @@ class DkvCompute {
 #pragma unroll
     for (int n = 0; n < kBlockQ / 16; ++n) {
       const uint32_t* x = weights.atom[0][n].reg;
-      shared.weights(weights_at.stage)[n][threadIdx.x % kWarpgroup] = {x[0], x[1], x[2], x[3]};
+      rest.weights[weights_at.stage][n][threadIdx.x % kWarpgroup] = {x[0], x[1], x[2], x[3]};
     }
     __syncwarp();  // those of all lanes are there
     if (lane_id() == 0) place.full.arrive();
     weights_at.advance();
   }
-  FX_DEVICE void hide(const DkvTask& task, Scores& s) {
+  FX_DEVICE void hide(Scores& s) {
     int begin[2], end[2];  // the rows that see a key
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
@@ -317,7 +281,7 @@ class DkvCompute {
     place.wait_full(weights_at.parity);
 #pragma unroll
     for (int n = 0; n < kBlockQ / 16; ++n) {
-      const uint4 x = shared.weights(weights_at.stage)[n][threadIdx.x % kWarpgroup];
+      const uint4 x = rest.weights[weights_at.stage][n][threadIdx.x % kWarpgroup];
       ds.atom[0][n] = {{x.x, x.y, x.z, x.w}};
     }
     __syncwarp();  // all lanes have read
@@ -336,15 +300,14 @@ class DkvCompute {
   // The product, when it has arrived, becomes an operand; kRunning groups of products run on. Returns
   // its block.
   template <int kRunning>
-  FX_DEVICE int make_operand(const DkvTask& task, Scores& s, Weights& weights, bool last) {
+  FX_DEVICE int make_operand(Scores& s, Weights& weights) {
     const OfColumns of_columns = stats();
     wgmma_wait<kRunning>();
     arrived(s);
     product_place().release();
     product_at.advance();
-    if (last) keys_place().release();
     if constexpr (kDk) differentiate(s, of_columns, weights);
-    else weigh(task, s, of_columns, weights);
+    else weigh(s, of_columns, weights);
     const int of_block = block;
     block = block == block_begin ? block_end - 1 : block - 1;
     return of_block;
@@ -353,17 +316,18 @@ class DkvCompute {
     sum_place(done_at).release();
     done_at.advance();
   }
-  FX_DEVICE void all_blocks(const DkvTask& task, KvGrad& sum, int steps) {
+  FX_DEVICE void all_blocks(KvGrad& sum) {
     Scores s;
     start_product(s);
-    if constexpr (kLate) {
+    if constexpr (!kDk) {
+      // A block's scores are started before the sum of the block before, which then runs while they
+      // become weights. The other warpgroup is better off without: rows are needed for longer.
       Weights weights[2];
-      int left = steps - 1;  // blocks after this one
-      int of_block = make_operand<0>(task, s, weights[0], left == 0);
+      int of_block = make_operand<0>(s, weights[0]);
       const auto next = [&](const Weights& now, Weights& then) {
         start_product(s);
         start_sum(sum, now, of_block);
-        of_block = make_operand<1>(task, s, then, --left == 0);
+        of_block = make_operand<1>(s, then);
         // The rows of the sum make room for others, without which the two warpgroups could wait for
         // each other.
         wgmma_wait<0>();
@@ -371,13 +335,13 @@ class DkvCompute {
         release_sum_rows();
       };
 #pragma unroll 1
-      for (;;) {
-        if (left == 0) {
+      for (int left = steps - 1;;) {
+        if (left-- == 0) {
           start_sum(sum, weights[0], of_block);
           break;
         }
         next(weights[0], weights[1]);
-        if (left == 0) {
+        if (left-- == 0) {
           start_sum(sum, weights[1], of_block);
           break;
         }
@@ -386,9 +350,9 @@ class DkvCompute {
     } else {
       Weights weights;
 #pragma unroll 1
-      for (int left = steps - 1;; --left) {
-        start_sum(sum, weights, make_operand<0>(task, s, weights, left == 0));
-        if (left == 0) break;
+      for (int step = 0;; ++step) {
+        start_sum(sum, weights, make_operand<0>(s, weights));
+        if (step + 1 == steps) break;
         start_product(s);
         wgmma_wait<1>();
         arrived(sum);
@@ -397,8 +361,43 @@ class DkvCompute {
     }
     wgmma_wait<0>();
     arrived(sum);
-    release_sum_rows();
   }
 };
+
+// The index-th thread block.
+template <typename Config>
+FX_DEVICE void dkv_block(const BwdArgs& args, unsigned index, unsigned char* smem) {
+  const DkvShared<Config> shared{smem};
+  BwdTask& task = shared.rest().task;
+  if (threadIdx.x == 0) {
+    const auto [key_block, group] =
+        block_of_group(index, args.blocks_kv, args.groups, args.groups_at_once);
+    task =
+        bwd_task<Config::kBlockKV, Config::kBlockQ>(args, group * args.heads_of_group, key_block);
+    prefetch(args.q_map), prefetch(args.k_map), prefetch(args.v_map), prefetch(args.grad_o_map);
+    shared.init();
+  }
+  __syncthreads();                       // the task is there, and the barriers are set up
+  if (task.key0 >= task.seq_kv) return;  // this sequence is shorter than the longest
+  if (const int warpgroup = warpgroup_id(); warpgroup == 0) {
+    give_registers_away<kWideLoaderRegisters>();
+    const int warp = uniform(static_cast<int>(warp_id()));
+    if (warp == 0 && lane_id() == 0) load_for_dkv<Config>(args, task, shared);
+    if (warp == 1) load_stats_for_dkv<Config>(args, task, shared);
+  } else {
+    take_registers<kWideRegisters>();
+    if (warpgroup == 1) DkvCompute<Config, false>(args, task, shared).run();
+    else DkvCompute<Config, true>(args, task, shared).run();
+  }
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    dkv_kernel(const __grid_constant__ BwdArgs args) {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(1024) unsigned char smem[];
+  dkv_block<Config>(args, blockIdx.x, smem);
+#endif
+}
 
 }  // namespace flash_ext::sm90

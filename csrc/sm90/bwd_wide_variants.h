@@ -1,4 +1,4 @@
-// The Hopper backward of wide heads: which there are, and the size of its tiles.
+// Every Hopper backward kernel of wide heads that is compiled, and the size of its tiles.
 #pragma once
 #include "../attn/params.h"
 
@@ -7,40 +7,36 @@ namespace flash_ext::sm90 {
 // Where dk and dv of 64 keys do not fit the registers of a warpgroup.
 constexpr bool is_wide(int head_dim) { return head_dim > 128; }
 
-// For dk and dv: 64 keys, and blocks of 64 rows. dk fills the registers of a warpgroup, dv those of
-// another.
+// Of the kernel for dk and dv: 64 keys, and blocks of 64 rows. dk fills the registers of a warpgroup,
+// dv those of another.
 struct DkvTile {
   int q_stages;       // blocks of q in shared memory
   int grad_stages;    // ... of grad_o
   int weight_stages;  // ... of weights, on their way from one warpgroup to the other
-  // The next block's scores (and gradients) are started before this one's part of dv (and dk), which
-  // then runs while their weights are computed.
-  bool dv_late, dk_late;
 
   static constexpr int block_q = 64, block_kv = 64;
 };
 
-// For dq: 64 rows for each of two warpgroups.
+// Of the kernel for dq: 64 rows for each of two warpgroups.
 struct DqTile {
   int block_kv;  // keys of a block
   int k_stages;  // blocks of k in shared memory
   int v_stages;  // ... of v
-  bool late;     // grad_o v^T is started when the weights are there
 
   static constexpr int warpgroups = 2, block_q = 64 * warpgroups;
 };
 
-// Registers of each thread of those that load, and of those that compute.
-inline constexpr int kWideLoaderRegisters = 40, kWideRegisters = 232;
+// See FwdTile.
+inline constexpr int kWideLoaderRegisters = 24, kWideRegisters = 240;
 
 constexpr DkvTile dkv_tile(int head_dim) {
-  if (head_dim == 192) return {3, 3, 2, true, false};
-  return {2, 2, 2, true, false};
+  if (head_dim == 192) return {3, 3, 2};
+  return {2, 2, 2};
 }
 
 constexpr DqTile dq_tile(int head_dim) {
-  if (head_dim == 192) return {80, 2, 2, false};
-  return {64, 2, 1, false};
+  if (head_dim == 192) return {80, 2, 2};
+  return {64, 2, 1};
 }
 
 }  // namespace flash_ext::sm90

@@ -11,7 +11,6 @@
 #include "tma.h"
 #include "warpgroup.h"
 #include "wgmma.h"
-#include "write_rows.h"
 
 namespace flash_ext::sm90 {
 
@@ -192,6 +191,31 @@ FX_DEVICE void normalise(typename Config::Output& o, Softmax<typename Config::T>
   softmax.multiply(o, factor);
 }
 
+// Writes a warp's 16 rows of o. Of each 16 columns a lane holds two neighbours, and two that are
+// eight columns on; two lanes exchange theirs, so that each has four neighbours.
+template <typename Config>
+FX_DEVICE void write_output(const typename Config::Output& o, const AttnParams& p,
+                            const FwdTask& task, int row0) {
+  using T = typename Config::T;
+  const unsigned lane = lane_id();
+  const bool odd = lane % 2;
+  const int first_col = lane % 4 / 2 * 4 + (odd ? 8 : 0);
+  T* out = static_cast<T*>(p.o.data) + task.first_offset(p.o) + first_col;
+#pragma unroll
+  for (int slot = 0; slot < 2; ++slot) {
+    const int row = row0 + o.row(0, slot);
+    T* to = out + row * p.o.seq_stride;
+#pragma unroll
+    for (int n = 0; n < Config::kHeadDim / 16; ++n) {
+      const auto rounded = MmaAtom<T>::to_operand(o.atom[0][n]);
+      const uint32_t low = rounded.reg[slot], high = rounded.reg[slot + 2];
+      const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
+      if (row < task.rows && n * 16 + first_col < p.head_dim_v)
+        *reinterpret_cast<uint2*>(to + n * 16) = odd ? uint2{got, high} : uint2{low, got};
+    }
+  }
+}
+
 // Packed tensors: what follows the last key belongs to another sequence, and may be NaN, which a
 // weight of zero would not hide. Every warpgroup does all of it, before its own products.
 template <typename Config>
@@ -297,8 +321,7 @@ class Compute {
     pass_blocks(task.block_end - passed);
 
     normalise<Config>(o, softmax, p, task, row0 + warp_row);
-    write_rows(o, static_cast<T*>(p.o.data) + task.first_offset(p.o), p.o.seq_stride,
-               row0 + warp_row, task.rows, p.head_dim_v);
+    write_output<Config>(o, p, task, row0 + warp_row);
   }
 
   // Blocks that only other warpgroups of the tile need.
