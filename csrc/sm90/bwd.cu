@@ -23,6 +23,17 @@ BwdLauncher launcher_of_dtype(int head_dim) {
   }
 }
 
+// Of wide heads. Blocks of keys of one group together read its rows at the same time, so groups best
+// follow each other. Where a mask makes some blocks longer than others, groups of two rounds run together,
+// the longest ones first, so that the device is busy to the end.
+int wide_groups_at_once(const flash_ext::BwdArgs& args, const GpuFacts& gpu) {
+  const AttnParams& p = args.params;
+  if ((p.window_left < 0) == (p.window_right < 0)) return 1;
+  const int64_t two_rounds =
+      ceil_div(2 * gpu.multiprocessors, std::max<int64_t>(args.blocks_kv, 1));
+  return static_cast<int>(std::clamp<int64_t>(two_rounds, 1, std::max<int64_t>(args.groups, 1)));
+}
+
 }  // namespace
 
 std::optional<std::string> obstacle(const AttnBwdParams& p, const GpuFacts& gpu) {
@@ -60,7 +71,8 @@ BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic
   args.dq_cols = wide ? 0 : head_dim;
   args.dq_flip = 8;
   args.blocks_q = static_cast<int>(ceil_div(p.seq_q, block_q));
-  args.groups_at_once = groups_at_once(args, gpu, gpu.multiprocessors);
+  args.groups_at_once =
+      wide ? wide_groups_at_once(args, gpu) : groups_at_once(args, gpu, gpu.multiprocessors);
   return plan;
 }
 
