@@ -24,8 +24,6 @@ BwdLauncher launcher_of_dtype(int head_dim) {
 
 std::optional<std::string> obstacle(const AttnBwdParams& p, const GpuFacts& gpu) {
   if (auto why = obstacle(static_cast<const AttnParams&>(p), gpu)) return why;
-  if (p.mask.data || p.softcap > 0 || p.alibi_slopes || p.dropout_threshold)
-    return "it has no gradients with attn_mask, softcap, alibi_slopes or dropout_p";
   if (std::max(p.head_dim, p.head_dim_v) > kBwdHeadDims[std::size(kBwdHeadDims) - 1])
     return "it has gradients of smaller head_dims";
   const int64_t batch = p.cu_seqlens_q ? 1 : p.batch;
@@ -44,7 +42,8 @@ bool worthwhile(const AttnBwdParams& p) {
 }
 
 BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic) {
-  BwdPlan plan{{{p}, deterministic}, compiled_head_dim(p, kBwdHeadDims)};
+  check_deterministic(p, deterministic);
+  BwdPlan plan{{{p}, deterministic}, compiled_head_dim(p, kBwdHeadDims), needed_options(p)};
   flash_ext::BwdArgs& args = plan.args;
   args.pack = Divisor(1);
   args.blocks_kv = static_cast<int>(ceil_div(p.seq_kv, BwdTile::block_kv));
@@ -52,7 +51,7 @@ BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic
   args.rows = p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;
   args.dq_cols = plan.head_dim;
   args.dq_flip = 8;
-  args.blocks_q = static_cast<int>(ceil_div(p.seq_q, bwd_tile(plan.head_dim).block_q));
+  args.blocks_q = static_cast<int>(ceil_div(p.seq_q, bwd_tile(plan.head_dim, plan.options).block_q));
   args.groups_at_once = groups_at_once(args, gpu, gpu.multiprocessors);
   return plan;
 }

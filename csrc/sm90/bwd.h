@@ -10,6 +10,7 @@ namespace flash_ext::sm90 {
 
 struct BwdPlan : BwdSums {
   int head_dim;  // of kBwdHeadDims
+  Options options;
 };
 
 using BwdLauncher = void (*)(const BwdPlan&, void* stream);

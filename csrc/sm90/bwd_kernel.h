@@ -10,6 +10,7 @@
 #include "../attn/online_softmax.h"
 #include "../tile/atomic.h"
 #include "bwd_args.h"
+#include "bwd_scores.h"
 #include "bwd_variants.h"
 #include "operand_store.h"
 #include "tma.h"
@@ -18,9 +19,17 @@
 
 namespace flash_ext::sm90 {
 
-template <DType kDType, int kDim, BwdTile kSize = bwd_tile(kDim)>
+// What must be known of a block of rows, see RowStats.
+template <int kRows>
+struct BlockStats {
+  float lse[kRows], delta[kRows];
+};
+
+template <DType kDType, int kDim, Options kWith = Options::none,
+          BwdTile kSize = bwd_tile(kDim, kWith)>
 struct BwdConfig {
   using T = Element<kDType>;
+  static constexpr bool kGeneral = kWith != Options::none, kDropout = kWith == Options::dropout;
   static constexpr BwdTile kTile = kSize;
   static constexpr int kHeadDim = kDim, kBlockQ = kTile.block_q, kBlockKV = kTile.block_kv;
   static constexpr int kWarpgroups = kTile.warpgroups, kThreads = (kWarpgroups + 1) * kWarpgroup;
@@ -36,13 +45,11 @@ struct BwdConfig {
   using Weights = OperandTile<T, 16, kBlockQ>;
   using KvGrad = AccTile<T, 16, kHeadDim>;
   using DqPart = AccTile<T, 16, 64>;
+  using Stats = BlockStats<kBlockQ>;
 };
 
-// What must be known of a block of rows, see RowStats.
-template <int kRows>
-struct BlockStats {
-  float lse[kRows], delta[kRows];
-};
+template <typename Config>
+using BwdScoresOf = std::conditional_t<Config::kGeneral, BwdScores<Config>, NoBwdScores>;
 
 template <typename Config>
 struct BwdShared {
@@ -50,11 +57,14 @@ struct BwdShared {
   using KvTile = typename Config::KvTile;
   using QTile = typename Config::QTile;
   using DsTile = typename Config::DsTile;
-  using Stats = BlockStats<Config::kBlockQ>;
+  using Stats = typename Config::Stats;
+  using MaskRows = typename BwdScoresOf<Config>::MaskRows;
   static constexpr int kQ = 2 * KvTile::kBytes, kGradO = kQ + Config::kQStages * QTile::kBytes;
   static constexpr int kDs = kGradO + Config::kGradStages * QTile::kBytes;
   static constexpr int kDq = kDs + 2 * DsTile::kBytes;
-  static constexpr int kRest = kDq + Config::kBlockQ * Config::kHeadDim * 4;
+  static constexpr int kMask = kDq + Config::kBlockQ * Config::kHeadDim * 4;
+  static constexpr int kMaskBytes = Config::kGeneral ? static_cast<int>(sizeof(MaskRows)) : 0;
+  static constexpr int kRest = kMask + 4 * Config::kWarpgroups * kMaskBytes;  // of each warp
   struct Rest {
     Stats stats[Config::kQStages];
     Place q[Config::kQStages], rows[Config::kQStages], grad_o[Config::kGradStages], dq;
@@ -77,6 +87,9 @@ struct BwdShared {
     return {reinterpret_cast<T*>(base + kDs + i * DsTile::kBytes)};
   }
   FX_DEVICE float* dq() const { return reinterpret_cast<float*>(base + kDq); }
+  FX_DEVICE MaskRows& mask(int warp) const {
+    return *reinterpret_cast<MaskRows*>(base + kMask + warp * kMaskBytes);
+  }
 
   FX_DEVICE void init() const {
     constexpr int kWarps = Config::kWarpgroups * kWarpgroup / kWarpSize;
@@ -211,7 +224,9 @@ class BwdCompute {
   FX_DEVICE BwdCompute(const BwdArgs& args, const BwdTask& task, BwdShared<Config> shared, int id)
       : args(args), p(args.params), task(task), shared(shared), rest(shared.rest()), id(id),
         warp_row(uniform(static_cast<int>(warp_id()) % 4) * 16),
-        scale(static_cast<float>(p.scale) * kLog2e), block(task.block_end - 1) {}
+        scale(static_cast<float>(p.scale) * kLog2e),
+        scores(p, task, shared.mask(4 * id + warp_row / 16), task.key0 + 64 * id + warp_row),
+        block(task.block_end - 1) {}
 
   FX_DEVICE void run() {
     KvGrad dk, dv;
@@ -226,6 +241,10 @@ class BwdCompute {
     const int steps = args.heads_of_group * std::max(task.block_end - task.block_begin, 0);
     all_blocks(dk, dv, steps);
     dk.for_each([&](float& x, int, int, int) { x *= static_cast<float>(p.scale); });
+    if constexpr (Config::kDropout) {
+      const float factor = 65536.f / (65536.f - static_cast<float>(p.dropout_threshold));
+      dv.for_each([&](float& x, int, int, int) { x *= factor; });
+    }
     all_there();  // nobody reads k and v any more
     write(dk, shared.k(), p.dk, static_cast<int>(p.head_dim));
     write(dv, shared.v(), p.dv, static_cast<int>(p.head_dim_v));
@@ -239,6 +258,7 @@ class BwdCompute {
   typename BwdShared<Config>::Rest& rest;
   const int id, warp_row;
   const float scale;
+  BwdScoresOf<Config> scores;
   int block;     // of rows
   int step = 0;  // blocks before this one
 
@@ -341,6 +361,9 @@ class BwdCompute {
       x = weights.atom[0][n].reg[i] * (x - delta);
     });
     round(dp, ds);
+    store(ds);
+  }
+  FX_DEVICE void store(const Weights& ds) {
     store_operand(ds, shared.ds(step % 2), 64 * id + warp_row);
     ptx::fence_proxy_async();  // wgmma sees it after the next barrier
   }
@@ -374,15 +397,28 @@ class BwdCompute {
     Weights weights, ds;
     DqPart dq;
     int head = 0;
+    if constexpr (Config::kGeneral)
+      if (steps > 0) scores.fetch(head, block);
 #pragma unroll 1
     for (; step < steps; ++step) {
       start_scores(s);
       start_gradients(dp);
+      if constexpr (Config::kGeneral) scores.prepare(head, block);
       wait_for_rows();
-      wgmma_wait<1>();
-      arrived(s);
-      weigh(s);
-      if constexpr (Config::kTile.early_dv) {
+      if constexpr (!Config::kGeneral) {
+        wgmma_wait<1>();
+        arrived(s);
+        weigh(s);
+      }
+      if constexpr (Config::kGeneral) {
+        wgmma_wait<0>();
+        arrived(s), arrived(dp);
+        scores.weigh(s, dp, weights, ds, rest.stats[QAt(step).stage]);
+        start_dv(dv, weights);
+        store(ds);
+        const bool last = block == task.block_begin;
+        if (step + 1 < steps) scores.fetch(head + last, last ? task.block_end - 1 : block - 1);
+      } else if constexpr (Config::kTile.early_dv) {
         round(s, weights);
         wgmma_wait<0>();
         arrived(dp);

@@ -27,7 +27,12 @@ void launch_config(const BwdPlan& plan, void* stream) {
 
 template <DType kDType, int kHeadDim>
 void launch_main(const BwdPlan& plan, void* stream) {
-  launch_config<BwdConfig<kDType, kHeadDim>>(plan, stream);
+  using enum Options;
+  switch (plan.options) {
+    case none: return launch_config<BwdConfig<kDType, kHeadDim>>(plan, stream);
+    case scores: return launch_config<BwdConfig<kDType, kHeadDim, scores>>(plan, stream);
+    case dropout: return launch_config<BwdConfig<kDType, kHeadDim, dropout>>(plan, stream);
+  }
 }
 
 }  // namespace flash_ext::sm90
