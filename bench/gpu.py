@@ -112,7 +112,7 @@ def seconds(call, least):
     return turn(max(2, int(least / max(turn(1), 1e-6))))
 
 
-def measure(case, dtype, found, backward, options, tick):
+def measure(case, dtype, found, passes, options, tick):
     times = {name: [] for name in found}
     for _ in range(options.rounds):
         for name, call in found.items():
@@ -120,7 +120,8 @@ def measure(case, dtype, found, backward, options, tick):
         tick()
     medians = {name: statistics.median(each) for name, each in times.items()}
     decoding = case.seq_q < 16
-    work = common.kv_bytes(case, dtype) / 1e9 if decoding else common.flops(case, backward) / 1e12
+    flops = sum(common.flops(case, backward) for backward in passes)
+    work = common.kv_bytes(case, dtype) / 1e9 if decoding else flops / 1e12
     return {
         "title": case.id,
         "dtype": str(dtype).removeprefix("torch."),
@@ -209,8 +210,11 @@ def matrix_product_rate(size=8192):
     return 2 * size**3 / 1e12 / seconds(captured(lambda: x @ x), 0.3)
 
 
-def main(title, name, all_rows, calls, names, backward=False, peers_of=peers_of):
-    """The command line of a benchmark; calls(case, dtype, names) makes what is timed."""
+def main(title, name, all_rows, calls, names, passes=(False,), peers_of=peers_of):
+    """The command line of a benchmark; calls(case, dtype, names) makes what is timed.
+
+    passes: for each pass over the products that a call makes, whether it is the backward one.
+    """
     parser = common.arguments(title)
     parser.add_argument("--rows", nargs="+", metavar="TEXT", help="rows whose name contains one of these")
     parser.add_argument("--peers", nargs="+", choices=PEERS, metavar="NAME", help=f"only these of {', '.join(PEERS)}")
@@ -228,7 +232,7 @@ def main(title, name, all_rows, calls, names, backward=False, peers_of=peers_of)
         for case, dtype in chosen:
             wanted = [name for name in peers_of(case, dtype) if not options.peers or name in options.peers]
             found = calls(case, dtype, [*names, *wanted])
-            results.append(measure(case, dtype, found, backward, options, bar.update))
+            results.append(measure(case, dtype, found, passes, options, bar.update))
     ran = {name for result in results for name in result["rates"]}
     names, peers = [name for name in names if name in ran], [name for name in PEERS if name in ran]
     print(text_table(results, [*names, *peers], peers))

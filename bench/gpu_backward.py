@@ -34,4 +34,4 @@ def calls(case, dtype, names):
 
 
 if __name__ == "__main__":
-    gpu.main(__doc__, "gpu-backward", rows(), calls, list(OURS), backward=True)
+    gpu.main(__doc__, "gpu-backward", rows(), calls, list(OURS), passes=(True,))

@@ -10,6 +10,12 @@ STABLE_TORCH_LIBRARY(flash_ext, m) {
       "Tensor? attn_mask=None, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? "
       "rng_state=None, "
       "bool deterministic=False, int kernels=0) -> (Tensor out, Tensor lse)");
+  // attn_fwd without options and without lse, which nobody reads: few arguments are parsed sooner. Its
+  // gradient is that of attn_fwd.
+  m.def(
+      "attn_plain(Tensor q, Tensor k, Tensor v, float scale, int window_left=-1, int "
+      "window_right=-1, "
+      "bool top_left=False, bool out_bshd=False) -> Tensor");
   m.def(
       "attn_bwd(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
       "Tensor lse, "
@@ -19,6 +25,11 @@ STABLE_TORCH_LIBRARY(flash_ext, m) {
       "need_mask_grad, "
       "bool deterministic, int kernels=0) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, "
       "Tensor dsinks)");
+  // attn_bwd without options.
+  m.def(
+      "attn_plain_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float "
+      "scale, int window_left, int window_right, bool top_left, bool deterministic) "
+      "-> (Tensor dq, Tensor dk, Tensor dv)");
   m.def(
       "attn_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
       "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, int window_left=-1, int "

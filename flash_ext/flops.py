@@ -34,6 +34,10 @@ def attn_bwd_flop(grad_out_shape, grad_lse_shape, q_shape, k_shape, v_shape, *ar
     return bwd_flop(q_shape[0] * q_shape[1] * q_shape[2] * k_shape[2], q_shape, v_shape)
 
 
+def attn_plain_bwd_flop(grad_out_shape, *shapes, **kwargs):
+    return attn_bwd_flop(grad_out_shape, None, *shapes)
+
+
 def attn_varlen_fwd_flop(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *args, **kwargs):
     return fwd_flop(packed_pairs(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), q.shape, v.shape)
 
@@ -47,7 +51,9 @@ def attn_varlen_bwd_flop(
 def register(flop_counter):
     ops = torch.ops.flash_ext
     flop_counter.register_flop_formula(ops.attn_fwd)(attn_fwd_flop)
+    flop_counter.register_flop_formula(ops.attn_plain)(attn_fwd_flop)
     flop_counter.register_flop_formula(ops.attn_bwd)(attn_bwd_flop)
+    flop_counter.register_flop_formula(ops.attn_plain_bwd)(attn_plain_bwd_flop)
     flop_counter.register_flop_formula(ops.attn_varlen_fwd, get_raw=True)(attn_varlen_fwd_flop)
     flop_counter.register_flop_formula(ops.attn_varlen_bwd, get_raw=True)(attn_varlen_bwd_flop)
 

@@ -30,6 +30,10 @@ def fake_attn_fwd(
     return out, q.new_empty(batch, heads_q, seq_q, dtype=acc_dtype(q.dtype))
 
 
+def fake_attn_plain(q, k, v, *place):
+    return fake_attn_fwd(q, k, v, *place)[0]
+
+
 def fake_attn_bwd(
     grad_out, grad_lse, q, k, v, out, lse, scale, window_left, window_right, top_left, softcap, dropout_p, attn_mask,
     alibi_slopes, sinks, rng_state, need_mask_grad, deterministic, kernels=0,
@@ -41,6 +45,18 @@ def fake_attn_bwd(
     return fake_gradients(
         grad_out, grad_lse, q, k, v, out, lse, out_shape, q.shape[:3], attn_mask, sinks, need_mask_grad
     )
+
+
+def fake_attn_plain_bwd(grad_out, q, k, v, out, lse, *place):
+    return fake_attn_bwd(*as_attn_bwd(grad_out, q, k, v, out, lse, *place))[:3]
+
+
+def as_attn_bwd(grad_out, q, k, v, out, lse, scale, window_left, window_right, top_left, deterministic):
+    """attn_bwd's arguments for those of attn_plain_bwd."""
+    return (
+        grad_out, None, q, k, v, out, lse, scale, window_left, window_right, top_left, 0.0, 0.0, None, None, None, None,
+        False, deterministic,
+    )  # fmt: skip
 
 
 def fake_attn_varlen_fwd(
@@ -94,7 +110,8 @@ def gradient_like(tensor):
     return gradient if gradient.stride(-1) == 1 or gradient.shape[-1] < 2 else gradient.new_empty(gradient.shape)
 
 
-for name in ("attn_fwd", "attn_bwd", "attn_varlen_fwd", "attn_varlen_bwd"):
+OPS = ("attn_fwd", "attn_plain", "attn_bwd", "attn_plain_bwd", "attn_varlen_fwd", "attn_varlen_bwd")
+for name in OPS:
     torch.library.register_fake(f"flash_ext::{name}", globals()[f"fake_{name}"], lib=lib)
 
 # ---- other devices: the dispatcher alone would not say which argument is on one
@@ -108,7 +125,7 @@ def refuse(fake):
     return kernel
 
 
-for name in ("attn_fwd", "attn_bwd", "attn_varlen_fwd", "attn_varlen_bwd"):
+for name in OPS:
     for key in ("CUDA", "MPS", "XPU"):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"flash_ext::{name}", key):
             lib.impl(name, refuse(globals()[f"fake_{name}"]), key)
@@ -117,10 +134,16 @@ for name in ("attn_fwd", "attn_bwd", "attn_varlen_fwd", "attn_varlen_bwd"):
 # ---- torch.func.grad and drop forward-mode tangents silently
 
 
+def nothing_to_differentiate():
+    return not (
+        torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
 def call_bwd(op, *args):
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if not nothing_to_differentiate():
         return op(*args)
-    with below_autograd():  # there is nothing to differentiate: save the kernel below its time
+    with below_autograd():  # save the kernel below its time
         return op(*args)
 
 
@@ -156,6 +179,30 @@ class Attn(Function):
         )  # fmt: skip
         dmask, dsinks = dmask if need_mask_grad else None, dsinks if need_sinks_grad else None
         return dq, dk, dv, *(None,) * 7, dmask, None, dsinks, None, None, None
+
+
+class AttnPlain(Function):
+    """Attn without options, for callers who know that what surrounds the call asks for nothing but autograd."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, window_right, out_bshd, deterministic):
+        with below_autograd():
+            out, lse = ops.attn_fwd.default(q, k, v, scale, -1, window_right, False, out_bshd)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.place = scale, -1, window_right, False, deterministic
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        args = grad_out, *ctx.saved_tensors, *ctx.place
+        if nothing_to_differentiate():
+            with below_autograd():
+                return *ops.attn_plain_bwd.default(*args), None, None, None, None
+        return *ops.attn_bwd.default(*as_attn_bwd(*args))[:3], None, None, None, None
+
+
+# Neither the dispatcher nor a kernel in Python: a fifth of a training step's time on the host.
+apply_attn_plain = super(Function, AttnPlain).apply
 
 
 class AttnVarlen(Function):
@@ -244,6 +291,15 @@ def autograd_attn_varlen_fwd(
     return differentiate_fwd(AttnVarlen, ops.attn_varlen_fwd.default, args, alibi_slopes)
 
 
+def autograd_attn_plain(q, k, v, *place):
+    """Where there is something to differentiate, lse is needed."""
+    return ops.attn_fwd.default(q, k, v, *place)[0]
+
+
+def autograd_attn_plain_bwd(*args):
+    return ops.attn_bwd.default(*as_attn_bwd(*args))[:3]
+
+
 def autograd_bwd(op):
     def kernel(*args):
         refuse_tangents(args)
@@ -257,7 +313,9 @@ def autograd_bwd(op):
 
 lib.impl("attn_fwd", autograd_attn_fwd, "Autograd")
 lib.impl("attn_varlen_fwd", autograd_attn_varlen_fwd, "Autograd")
+lib.impl("attn_plain", autograd_attn_plain, "Autograd")
 lib.impl("attn_bwd", autograd_bwd(ops.attn_bwd.default), "Autograd")
+lib.impl("attn_plain_bwd", autograd_attn_plain_bwd, "Autograd")
 lib.impl("attn_varlen_bwd", autograd_bwd(ops.attn_varlen_bwd.default), "Autograd")
 
 # ---- autocast: q, k, v as scaled_dot_product_attention does; masks, slopes and sinks stay
@@ -275,6 +333,7 @@ def autocast_fwd(op, device_type, key):
 
 for device_type, key in (("cpu", torch._C.DispatchKey.AutocastCPU), ("cuda", torch._C.DispatchKey.AutocastCUDA)):
     lib.impl("attn_fwd", autocast_fwd(ops.attn_fwd.default, device_type, key), key.name)
+    lib.impl("attn_plain", autocast_fwd(ops.attn_plain.default, device_type, key), key.name)
     lib.impl("attn_varlen_fwd", autocast_fwd(ops.attn_varlen_fwd.default, device_type, key), key.name)
 
 # ---- vmap: a mapped dimension becomes part of batch; a loop where something belongs to the whole batch
@@ -330,6 +389,11 @@ def vmap_attn_fwd(info, in_dims, *args):
     return tuple(x.unflatten(0, (size, batch)) for x in results), (0, 0)
 
 
+def vmap_attn_plain(info, in_dims, *args):
+    (out, _), (dim, _) = vmap_attn_fwd(info, in_dims, *args)
+    return out, dim
+
+
 def vmap_attn_bwd(info, in_dims, *args):
     op, size = ops.attn_bwd.default, info.batch_size
     args, in_dims = with_defaults(op, args, in_dims)
@@ -354,6 +418,11 @@ def vmap_attn_bwd(info, in_dims, *args):
     return (dq, dk, dv, dmask, dsinks), (0, 0, 0, 0 if need_mask_grad else None, None)
 
 
+def vmap_attn_plain_bwd(info, in_dims, *args):
+    results, dims = vmap_attn_bwd(info, as_attn_bwd(*in_dims), *as_attn_bwd(*args))
+    return results[:3], dims[:3]
+
+
 def vmap_loop(op):
     def rule(info, in_dims, *args):
         return loop(op, info.batch_size, *with_defaults(op, args, in_dims))
@@ -362,6 +431,8 @@ def vmap_loop(op):
 
 
 torch.library.register_vmap("flash_ext::attn_fwd", vmap_attn_fwd, lib=lib)
+torch.library.register_vmap("flash_ext::attn_plain", vmap_attn_plain, lib=lib)
 torch.library.register_vmap("flash_ext::attn_bwd", vmap_attn_bwd, lib=lib)
+torch.library.register_vmap("flash_ext::attn_plain_bwd", vmap_attn_plain_bwd, lib=lib)
 torch.library.register_vmap("flash_ext::attn_varlen_fwd", vmap_loop(ops.attn_varlen_fwd.default), lib=lib)
 torch.library.register_vmap("flash_ext::attn_varlen_bwd", vmap_loop(ops.attn_varlen_bwd.default), lib=lib)

@@ -75,6 +75,118 @@ def test_opcheck(name, dtype):
         assert set(checks.values()) == {"SUCCESS"}
 
 
+def test_plain_op():
+    """attn_fwd without options and lse: the same numbers, every contract of an op, and what autograd needs."""
+    q, k, v = tensors(torch.float32)[:3]
+    place = 0.3, 4, 0, True, False
+    expected = ops.attn_fwd(q, k, v, *place)[0]
+    assert torch.equal(ops.attn_plain(q, k, v, *place), expected)
+    assert set(torch.library.opcheck(ops.attn_plain.default, (q, k, v, *place)).values()) == {"SUCCESS"}
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    assert set(torch.library.opcheck(ops.attn_plain.default, (*leaves, *place)).values()) == {"SUCCESS"}
+    out = ops.attn_plain(*leaves, *place)
+    for x, y in zip(
+        torch.autograd.grad(out.sum(), leaves),
+        torch.autograd.grad(ops.attn_fwd(*leaves, *place)[0].sum(), leaves),
+        strict=True,
+    ):
+        assert torch.equal(x, y)
+    many = torch.stack([q, q + 1])
+    close(vmap(lambda q: ops.attn_plain(q, k, v, *place))(many)[1], ops.attn_plain(q + 1, k, v, *place))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.attn_plain(q, k, v, *place).dtype == torch.bfloat16
+
+
+def test_plain_bwd_op():
+    q, k, v, *_ = tensors(torch.float32)
+    place = 0.3, 4, 0, True
+    out, lse = ops.attn_fwd(q, k, v, *place)
+    grad = torch.randn_like(out)
+    args = grad, q, k, v, out, lse, *place, False
+    expected = ops.attn_bwd(grad, None, q, k, v, out, lse, *place, 0.0, 0.0, None, None, None, None, False, False)
+    for x, y in zip(ops.attn_plain_bwd(*args), expected, strict=False):
+        assert torch.equal(x, y)
+    assert set(torch.library.opcheck(ops.attn_plain_bwd.default, args).values()) == {"SUCCESS"}
+    many = torch.stack([grad, grad + 1])
+    found = vmap(lambda grad: ops.attn_plain_bwd(grad, *args[1:]))(many)
+    for x, y in zip(found, ops.attn_plain_bwd(grad + 1, *args[1:]), strict=True):
+        close(x[1], y)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        leaf = grad.clone().requires_grad_()
+        ops.attn_plain_bwd(leaf, *args[1:])[0].sum().backward()
+    # Gradients of one call for many results' gradients at once.
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = flash_ext.attn(*leaves)
+    batched = torch.autograd.grad(out, leaves, many, is_grads_batched=True, retain_graph=True)
+    for x, y in zip(batched, torch.autograd.grad(out, leaves, many[1]), strict=True):
+        close(x[1], y)
+
+
+def test_the_usual_call_runs_the_plain_op():
+    q, k, v = tensors(torch.float32)[:3]
+
+    def ran(**options):
+        found = []
+
+        class Record(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                found.append(str(function))
+                return function(*args, **(kwargs or {}))
+
+        with Record():
+            out = flash_ext.attn(q, k, v, **options)
+        return found, out
+
+    for is_causal in (False, True):
+        names, out = ran(is_causal=is_causal)
+        assert names == ["flash_ext.attn_plain.default"]
+        close(out, flash_ext.math(q, k, v, is_causal=is_causal))
+        by_token = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+        out = flash_ext.attn(*by_token, is_causal=is_causal)
+        assert out.transpose(1, 2).is_contiguous()
+        close(out, flash_ext.math(q, k, v, is_causal=is_causal))
+    for options in (
+        dict(window=(2, 2)), dict(softcap=2.0), dict(backend="cpu"), dict(return_lse=True), dict(dropout_p=0.1),
+        dict(causal_align="top_left"), dict(sinks=torch.zeros(q.shape[1])), dict(scale=0.5),
+    ):  # fmt: skip
+        names, _ = ran(**options)
+        wanted = "plain" if "scale" in options else "fwd"
+        assert f"flash_ext.attn_{wanted}.default" in names
+    q.requires_grad_()
+    with torch.no_grad():
+        assert ran()[0] == ["flash_ext.attn_plain.default"]
+    assert "flash_ext.attn_fwd.default" in ran()[0]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_usual_call_with_gradients(is_causal):
+    """To autograd's node without the dispatcher; the long way gives the same, and is taken where more is asked."""
+    leaves = [x.requires_grad_() for x in tensors(torch.float32)[:3]]
+    grad = torch.randn_like(flash_ext.math(*leaves))
+    out = flash_ext.attn(*leaves, is_causal=is_causal)
+    assert type(out.grad_fn).__name__ == "AttnPlainBackward"
+    found = torch.autograd.grad(out, leaves, grad)
+    long = ops.attn_fwd(*leaves, leaves[0].shape[-1] ** -0.5, -1, 0 if is_causal else -1)[0]
+    assert torch.equal(out, long)
+    for x, y in zip(found, torch.autograd.grad(long, leaves, grad), strict=True):
+        assert torch.equal(x, y)
+
+    q, k, v = leaves
+    only_v = flash_ext.attn(q.detach(), k.detach(), v, is_causal=is_causal)
+    assert torch.equal(torch.autograd.grad(only_v, v, grad)[0], found[2])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = flash_ext.attn(*leaves, is_causal=is_causal)
+    assert out.dtype == torch.bfloat16
+    assert all(x.dtype == torch.float32 for x in torch.autograd.grad(out.sum(), leaves))
+    of_q = torch.func.grad(lambda q: (flash_ext.attn(q, k, v, is_causal=is_causal) * grad).sum())(q.detach())
+    close(of_q, found[0])
+    with pytest.raises(RuntimeError, match="forward-mode"), torch.autograd.forward_ad.dual_level():
+        flash_ext.attn(torch.autograd.forward_ad.make_dual(q, q), k, v)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        first = torch.autograd.grad(flash_ext.attn(*leaves).sum(), q, create_graph=True)[0]
+        torch.autograd.grad(first.sum(), q)
+
+
 # ---- torch.compile and torch.export
 
 
@@ -447,11 +559,11 @@ def test_flops_by_torchs_convention():
     q.requires_grad_()
     pairs = 2 * 4 * 5 * 7
     counts = flops(lambda: flash_ext.attn(q, k, v, is_causal=True).sum().backward())
-    assert counts == {"attn_fwd": 2 * pairs * (8 + 6), "attn_bwd": 2 * pairs * (3 * 8 + 2 * 6)}
-    assert flops(lambda: flash_ext.attn(q.detach(), k, v)) == {"attn_fwd": 2 * pairs * (8 + 6)}
+    assert counts == {"attn_fwd": 2 * pairs * (8 + 6), "attn_plain_bwd": 2 * pairs * (3 * 8 + 2 * 6)}
+    assert flops(lambda: flash_ext.attn(q.detach(), k, v)) == {"attn_plain": 2 * pairs * (8 + 6)}
     shapes = (2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6)  # older torch counts no grouped heads
     assert counts["attn_fwd"] == sdpa_flop_count(*shapes)
-    assert counts["attn_bwd"] == sdpa_backward_flop_count((2, 4, 5, 6), *shapes)
+    assert counts["attn_plain_bwd"] == sdpa_backward_flop_count((2, 4, 5, 6), *shapes)
 
 
 def test_flops_of_packed_sequences():

@@ -3,6 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -51,14 +52,20 @@ const char* name_of(DType dtype) {
 
 DType acc_dtype(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
-std::string shape_of(const Tensor& t) {
+std::vector<int64_t> sizes_of(const Tensor& t) {
+  std::vector<int64_t> sizes(t.dim());
+  for (int64_t d = 0; d < t.dim(); ++d) sizes[d] = t.size(d);
+  return sizes;
+}
+
+std::string text_of(const std::vector<int64_t>& sizes) {
   std::string text = "[";
-  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
+  for (size_t d = 0; d < sizes.size(); ++d) text += (d ? ", " : "") + std::to_string(sizes[d]);
   return text + "]";
 }
 
 void check_rank(const Tensor& t, const char* name, int64_t rank, const char* shape) {
-  FX_CHECK(t.dim() == rank, name, ": expected ", shape, ", got ", shape_of(t));
+  FX_CHECK(t.dim() == rank, name, ": expected ", shape, ", got ", text_of(sizes_of(t)));
 }
 
 void check_same_device(const Tensor& t, const char* name, const Tensor& q) {
@@ -114,6 +121,25 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, DType dtype)
   return empty(like, sizes, contiguous_strides(sizes), dtype);
 }
 
+// As t lies in memory where its elements lie side by side, else as torch's empty_like has it. That one
+// goes through the dispatcher by its name, which takes longer than the allocation.
+Tensor empty_like(const Tensor& t, DType dtype) {
+  const std::vector<int64_t> sizes = sizes_of(t);
+  std::vector<int64_t> strides(sizes.size()), inner_first;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    strides[d] = t.stride(d);
+    if (sizes[d] != 1) inner_first.push_back(d);
+  }
+  std::sort(inner_first.begin(), inner_first.end(),
+            [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
+  int64_t expected = 1;
+  for (int64_t d : inner_first) {
+    if (strides[d] != expected) return stable::empty_like(t);
+    expected *= sizes[d];
+  }
+  return expected > 0 ? empty(t, sizes, strides, dtype) : stable::empty_like(t);
+}
+
 // q, k, v against each other; fills the sizes and views.
 void read_qkv(const Tensor& q, const Tensor& k, const Tensor& v, bool packed, AttnParams& p) {
   const int64_t rank = packed ? 3 : 4, heads = 1, dim = rank - 1;
@@ -163,7 +189,7 @@ void read_qkv(const Tensor& q, const Tensor& k, const Tensor& v, bool packed, At
 
 const int32_t* read_cu_seqlens(const Tensor& cu, const char* name, const Tensor& q, int64_t total,
                                const char* total_name, int64_t max_seqlen, const char* max_name) {
-  FX_CHECK(cu.dim() == 1 && cu.size(0) >= 1, name, ": expected [batch + 1], got ", shape_of(cu));
+  FX_CHECK(cu.dim() == 1 && cu.size(0) >= 1, name, ": expected [batch + 1], got ", text_of(sizes_of(cu)));
   FX_CHECK(cu.scalar_type() == ScalarType::Int, name, ": expected int32, got ",
            torch::headeronly::toString(cu.scalar_type()));
   check_same_device(cu, name, q);
@@ -223,7 +249,7 @@ void read_options(const Tensor& q, const AttnOptions& o, AttnParams& p) {
     bool fits = m.dim() == 4;
     for (int64_t d = 0; fits && d < 4; ++d) fits = m.size(d) == full[d] || m.size(d) == 1;
     FX_CHECK(fits, "attn_mask: expected a shape that broadcasts to [", full[0], ", ", full[1], ", ",
-             full[2], ", ", full[3], "], got ", shape_of(m));
+             full[2], ", ", full[3], "], got ", text_of(sizes_of(m)));
     check_same_device(m, "attn_mask", q);
     const auto stride = [&](int64_t d) { return m.size(d) == 1 ? 0 : m.stride(d); };
     p.mask = {m.data_ptr(), dtype_of(m, "attn_mask"), stride(0), stride(1), stride(2), stride(3)};
@@ -234,7 +260,7 @@ void read_options(const Tensor& q, const AttnOptions& o, AttnParams& p) {
     FX_CHECK((a.dim() == 1 && a.size(0) == p.heads_q) ||
                  (a.dim() == 2 && a.size(0) == p.batch && a.size(1) == p.heads_q),
              "alibi_slopes: expected [", p.heads_q, "] or [", p.batch, ", ", p.heads_q, "], got ",
-             shape_of(a));
+             text_of(sizes_of(a)));
     check_same_device(a, "alibi_slopes", q);
     check_dtype(a, "alibi_slopes", acc, "");
     FX_CHECK(a.numel() <= 1 || a.is_contiguous(), "alibi_slopes: expected a contiguous tensor");
@@ -244,7 +270,7 @@ void read_options(const Tensor& q, const AttnOptions& o, AttnParams& p) {
   if (o.sinks) {
     const Tensor& s = *o.sinks;
     FX_CHECK(s.dim() == 1 && s.size(0) == p.heads_q, "sinks: expected [", p.heads_q, "], got ",
-             shape_of(s));
+             text_of(sizes_of(s)));
     check_same_device(s, "sinks", q);
     check_dtype(s, "sinks", acc, "");
     FX_CHECK(s.numel() <= 1 || s.is_contiguous(), "sinks: expected a contiguous tensor");
@@ -257,7 +283,7 @@ void read_options(const Tensor& q, const AttnOptions& o, AttnParams& p) {
     FX_CHECK(
         r.dim() == 1 && r.size(0) == 2 && r.scalar_type() == ScalarType::Long && r.is_contiguous(),
         "rng_state: expected int64 [2], contiguous, got ",
-        torch::headeronly::toString(r.scalar_type()), " ", shape_of(r));
+        torch::headeronly::toString(r.scalar_type()), " ", text_of(sizes_of(r)));
     check_same_device(r, "rng_state", q);
     p.dropout_threshold = uint32_t(std::min<double>(std::nearbyint(o.dropout_p * 65536), 65535));
     p.rng_state = static_cast<const int64_t*>(r.data_ptr());
@@ -279,16 +305,15 @@ void prepare(const Tensor& q, const Tensor& k, const Tensor& v, const Packing* p
   p.v = view_of(call.v, packing);
 }
 
-void set_lse(const Tensor& lse, bool packed, AttnParams& p) {
-  p.lse = lse.data_ptr();
-  // It is contiguous. Not lse.stride, which is 1 where there is no row.
-  p.lse_head_stride = lse.size(packed ? 1 : 2);
-  p.lse_batch_stride = packed ? 0 : lse.size(1) * lse.size(2);
+// It is contiguous; where there is none, its rows are numbered all the same.
+void set_lse(void* lse, bool packed, AttnParams& p) {
+  p.lse = lse;
+  p.lse_head_stride = packed ? p.rows_q : p.seq_q;
+  p.lse_batch_stride = packed ? 0 : p.heads_q * p.seq_q;
 }
 
 std::vector<int64_t> out_sizes(const Tensor& q, int64_t head_dim_v) {
-  std::vector<int64_t> sizes(q.dim());
-  for (int64_t d = 0; d < q.dim(); ++d) sizes[d] = q.size(d);
+  std::vector<int64_t> sizes = sizes_of(q);
   sizes.back() = head_dim_v;
   return sizes;
 }
@@ -300,12 +325,8 @@ std::vector<int64_t> lse_sizes(const Tensor& q, bool packed) {
 
 void check_shape(const Tensor& t, const char* name, const std::vector<int64_t>& sizes) {
   bool same = t.dim() == int64_t(sizes.size());
-  std::string expected;
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    same = same && t.size(d) == sizes[d];
-    expected += (d ? ", " : "") + std::to_string(sizes[d]);
-  }
-  FX_CHECK(same, name, ": expected [", expected, "], got ", shape_of(t));
+  for (size_t d = 0; same && d < sizes.size(); ++d) same = t.size(d) == sizes[d];
+  FX_CHECK(same, name, ": expected ", text_of(sizes), ", got ", text_of(sizes_of(t)));
 }
 
 }  // namespace
@@ -322,9 +343,9 @@ FwdCall prepare_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Pac
   } else {
     call.result = empty(q, sizes, p.dtype);
   }
-  call.lse = empty(q, lse_sizes(q, packing), acc_dtype(p.dtype));
+  if (options.need_lse) call.lse = empty(q, lse_sizes(q, packing), acc_dtype(p.dtype));
   p.o = view_of(call.result, packing);
-  set_lse(call.lse, packing, p);
+  set_lse(options.need_lse ? call.lse.data_ptr() : nullptr, packing, p);
   return call;
 }
 
@@ -348,7 +369,7 @@ BwdCall prepare_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse, cons
   call.out = with_contiguous_rows(out);
   p.grad_o = view_of(call.grad_out, packing);
   p.o = view_of(call.out, packing);
-  set_lse(lse, packing, p);
+  set_lse(lse.data_ptr(), packing, p);
   if (grad_lse) {
     check_shape(*grad_lse, "grad_lse", lse_sizes(q, packing));
     check_same_device(*grad_lse, "grad_lse", q);
@@ -358,9 +379,9 @@ BwdCall prepare_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse, cons
   }
 
   // As the caller's tensors lie in memory, unless their elements overlap or are spread out.
-  call.dq = stable::empty_like(q);
-  call.dk = stable::empty_like(k);
-  call.dv = stable::empty_like(v);
+  call.dq = empty_like(q, p.dtype);
+  call.dk = empty_like(k, p.dtype);
+  call.dv = empty_like(v, p.dtype);
   const auto writable = [&](Tensor& t) {
     const int64_t last = t.dim() - 1;
     if (t.size(last) > 1 && t.stride(last) != 1) t = empty(t, out_sizes(t, t.size(last)), p.dtype);
@@ -370,8 +391,6 @@ BwdCall prepare_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse, cons
   p.dk = writable(call.dk);
   p.dv = writable(call.dv);
 
-  call.dmask = empty(q, {0}, acc);
-  call.dsinks = empty(q, {0}, acc);
   if (need_mask_grad) {
     FX_CHECK(options.attn_mask && dtype_of(*options.attn_mask, "attn_mask") != DType::b8,
              "need_mask_grad: expected only with a floating-point attn_mask");
@@ -393,8 +412,12 @@ BwdCall prepare_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse, cons
 }
 
 Tensor BwdCall::finished_dmask(const OptionalTensor& attn_mask) const {
-  if (dmask.dim() != 4 || dmask.scalar_type() == attn_mask->scalar_type()) return dmask;
+  if (!dmask.defined() || dmask.scalar_type() == attn_mask->scalar_type()) return dmask;
   return torch::stable::to(dmask, attn_mask->scalar_type());
 }
+
+Tensor no_elements(const Tensor& like) { return empty(like, {0}, acc_dtype(dtype_of(like, "q"))); }
+
+Tensor floats(const Tensor& like, int64_t count) { return empty(like, {count}, DType::f32); }
 
 }  // namespace flash_ext

@@ -23,6 +23,7 @@ struct AttnOptions {
   bool top_left;
   const OptionalTensor &attn_mask, &alibi_slopes, &sinks, &rng_state;
   Kernels kernels = Kernels::fastest;
+  bool need_lse = true;
 };
 
 // How packed tensors are divided into sequences.
@@ -39,10 +40,10 @@ struct Prepared {
 };
 
 struct FwdCall : Prepared<AttnParams> {
-  Tensor result, lse;
+  Tensor result, lse;  // lse: where it is needed
 };
 struct BwdCall : Prepared<AttnBwdParams> {
-  Tensor dq, dk, dv, dmask, dsinks;
+  Tensor dq, dk, dv, dmask, dsinks;  // dmask, dsinks: where they are wanted
   // dmask in the mask's own dtype.
   Tensor finished_dmask(const OptionalTensor& attn_mask) const;
 };
@@ -52,5 +53,10 @@ FwdCall prepare_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Pac
 BwdCall prepare_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q,
                     const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                     const Packing* packing, bool need_mask_grad, const AttnOptions& options);
+
+// What an op returns in a tensor's place: of the dtype of lse.
+Tensor no_elements(const Tensor& q);
+// float32 [count], not initialised.
+Tensor floats(const Tensor& like, int64_t count);
 
 }  // namespace flash_ext

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize) combine_kernel(const Fw
     sum += x;
   }
   sum = warp_reduce(sum, [](float a, float b) { return a + b; }) + fast_exp2(sink - shift);
-  if (threadIdx.x == 0)
+  if (threadIdx.x == 0 && p.lse)
     static_cast<float*>(p.lse)[row] = sum == 0.f ? -INFINITY : (shift + log2f(sum)) * kLn2;
   __syncthreads();  // the weights are there
 

@@ -103,8 +103,8 @@ FX_DEVICE void normalise(typename Config::Output& o, typename Config::Softmax& s
     if (row >= task.rows || !o.speaks_for_row()) return;
     const float lse = all.sum == 0.f ? -INFINITY : all.top + log2f(all.sum);
     const int64_t at = task.lse_offset(p, row);
-    if (args.splits == 1) static_cast<float*>(p.lse)[at] = lse * kLn2;
-    else args.lse_partial[task.split * args.partial_rows + at] = lse;
+    if (args.splits > 1) args.lse_partial[task.split * args.partial_rows + at] = lse;
+    else if (p.lse) static_cast<float*>(p.lse)[at] = lse * kLn2;
   });
   o.for_each([&](float& x, int m, int r, int) { x *= factor.v[m][r]; });
 }

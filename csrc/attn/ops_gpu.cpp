@@ -50,8 +50,8 @@ const GpuFacts& facts_of(int32_t device) {
 template <typename Plan, typename Launch>
 void launch_plan(Plan plan, const Tensor& like, Launch launch) {
   Tensor scratch;
-  if (const int64_t floats = plan.scratch_floats()) {
-    scratch = torch::stable::new_empty(like, {floats});
+  if (const int64_t count = plan.scratch_floats()) {
+    scratch = floats(like, count);
     plan.use_scratch(static_cast<float*>(scratch.data_ptr()));
   }
   launch(plan);
@@ -89,11 +89,11 @@ Pair run_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Packing* p
   const GpuFacts& gpu = facts_of(device);
   void* stream = current_stream(device);
   if (!runs_on_hopper(call, gpu, options.kernels))
-    launch_plan(plan_fwd(call.params, gpu), call.lse,
+    launch_plan(plan_fwd(call.params, gpu), call.result,
                 [&](const auto& plan) { launch_fwd(plan, gpu, stream); });
 #if defined(FLASH_EXT_WITH_CUDA)
   else
-    launch_plan(sm90::plan_fwd(call.params, gpu), call.lse,
+    launch_plan(sm90::plan_fwd(call.params, gpu), call.result,
                 [&](const auto& plan) { sm90::launch_fwd(plan, stream); });
 #endif
   return {call.result, call.lse};
@@ -111,11 +111,11 @@ Five run_bwd(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tenso
   const GpuFacts& gpu = facts_of(device);
   void* stream = current_stream(device);
   if (!runs_on_hopper(call, gpu, options.kernels))
-    launch_plan(plan_bwd(call.params, gpu, deterministic), call.dsinks,
+    launch_plan(plan_bwd(call.params, gpu, deterministic), call.dq,
                 [&](const auto& plan) { launch_bwd(plan, gpu, stream); });
 #if defined(FLASH_EXT_WITH_CUDA)
   else
-    launch_plan(sm90::plan_bwd(call.params, gpu, deterministic), call.dsinks,
+    launch_plan(sm90::plan_bwd(call.params, gpu, deterministic), call.dq,
                 [&](const auto& plan) { sm90::launch_bwd(plan, stream); });
 #endif
   return {call.dq, call.dk, call.dv, call.finished_dmask(options.attn_mask), call.dsinks};
@@ -128,6 +128,8 @@ using GpuOps = Ops<run_fwd, run_bwd>;
 
 STABLE_TORCH_LIBRARY_IMPL(flash_ext, CUDA, m) {
   m.impl("attn_fwd", TORCH_BOX(&flash_ext::GpuOps::attn_fwd));
+  m.impl("attn_plain", TORCH_BOX(&flash_ext::GpuOps::attn_plain));
+  m.impl("attn_plain_bwd", TORCH_BOX(&flash_ext::GpuOps::attn_plain_bwd));
   m.impl("attn_bwd", TORCH_BOX(&flash_ext::GpuOps::attn_bwd));
   m.impl("attn_varlen_fwd", TORCH_BOX(&flash_ext::GpuOps::attn_varlen_fwd));
   m.impl("attn_varlen_bwd", TORCH_BOX(&flash_ext::GpuOps::attn_varlen_bwd));

@@ -24,8 +24,8 @@ struct MaskView {
 
 struct AttnParams {
   TensorView q, k, v, o;
-  void* lse =
-      nullptr;  // acc dtype; [batch, heads_q, seq_q], packed: [heads_q, total_q]; natural log
+  // Acc dtype; [batch, heads_q, seq_q], packed: [heads_q, total_q]; natural log. Null: not wanted.
+  void* lse = nullptr;
   int64_t lse_batch_stride = 0, lse_head_stride = 0;
 
   DType dtype = DType::f32;

@@ -48,8 +48,9 @@ inline void finish_row(const AttnParams& p, const FwdTask& t, const FwdParts& pa
   const V inverse = V::all(factor / state.sum);
   for (int j = 0; j < head_dim_v; j += V::kLanes)
     (empty ? V::zero() : V::load(acc + j) * inverse).store(out + j, head_dim_v - j);
-  lse_of<S>(p, p.lse, t.seq, row.head)[row.query] =
-      state.sum == 0 ? -kInf : state.top + std::log(state.sum);
+  if (p.lse)
+    lse_of<S>(p, p.lse, t.seq, row.head)[row.query] =
+        state.sum == 0 ? -kInf : state.top + std::log(state.sum);
 }
 
 template <typename T, typename Math>

@@ -32,6 +32,8 @@ using CpuOps = Ops<run_fwd, run_bwd>;
 
 STABLE_TORCH_LIBRARY_IMPL(flash_ext, CPU, m) {
   m.impl("attn_fwd", TORCH_BOX(&flash_ext::CpuOps::attn_fwd));
+  m.impl("attn_plain", TORCH_BOX(&flash_ext::CpuOps::attn_plain));
+  m.impl("attn_plain_bwd", TORCH_BOX(&flash_ext::CpuOps::attn_plain_bwd));
   m.impl("attn_bwd", TORCH_BOX(&flash_ext::CpuOps::attn_bwd));
   m.impl("attn_varlen_fwd", TORCH_BOX(&flash_ext::CpuOps::attn_varlen_fwd));
   m.impl("attn_varlen_bwd", TORCH_BOX(&flash_ext::CpuOps::attn_varlen_bwd));

@@ -26,6 +26,7 @@ std::optional<std::string> obstacle(const AttnBwdParams& p, const GpuFacts& gpu)
   if (auto why = obstacle(static_cast<const AttnParams&>(p), gpu)) return why;
   if (std::max(p.head_dim, p.head_dim_v) > kBwdHeadDims[std::size(kBwdHeadDims) - 1])
     return "it has gradients of smaller head_dims";
+  if (p.rows_q == 0) return "there is no query";
   const int64_t batch = p.cu_seqlens_q ? 1 : p.batch;
   if (!can_be_copied(p.grad_o, {batch, p.heads_q, p.rows_q, p.head_dim_v}))
     return "grad_out: it needs rows aligned to 16 bytes, and none that stand for several";

@@ -185,7 +185,7 @@ FX_DEVICE void normalise(typename Config::Output& o, Softmax<typename Config::T>
     if (p.sinks) all.add_sink(static_cast<const float*>(p.sinks)[task.head] * kLog2e);
     x = all.reciprocal();
     if constexpr (Config::kDropout) x *= 65536.f / (65536.f - p.dropout_threshold);
-    if (row >= task.rows || !o.speaks_for_row()) return;
+    if (row >= task.rows || !o.speaks_for_row() || !p.lse) return;
     lse[row] = all.sum == 0.f ? -INFINITY : (all.top + log2f(all.sum)) * kLn2;
   });
   softmax.multiply(o, factor);
