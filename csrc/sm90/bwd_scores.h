@@ -129,7 +129,9 @@ class BwdScores {
   FX_DEVICE int64_t first_of(int64_t batch_stride, int64_t head_stride, int head) const {
     return task.batch * batch_stride + (task.head + head) * head_stride;
   }
-  FX_DEVICE int head() const { return static_cast<int>(batch_head - task.batch * p.heads_q) - task.head; }
+  FX_DEVICE int head() const {
+    return static_cast<int>(batch_head - task.batch * p.heads_q) - task.head;
+  }
 
   template <typename E>
   FX_DEVICE static void copy_eight(E* to, const E* from) {
@@ -182,8 +184,8 @@ class BwdScores {
       const uint32_t query = row0 + n * kAtom + Atom::eight_col();
       const Philox4 bits = dropout_bits(seed, offset, batch_head, query, group);
       kept.add(n, Atom::spread_eights([&](int j) {
-        return (bits.word[j / 2] >> 16 * (j % 2) & 0xffffu) >= p.dropout_threshold;
-      }));
+                 return (bits.word[j / 2] >> 16 * (j % 2) & 0xffffu) >= p.dropout_threshold;
+               }));
     }
   }
 
@@ -226,8 +228,8 @@ class BwdScores {
     const float factor =
         Config::kDropout ? 65536.f / (65536.f - static_cast<float>(p.dropout_threshold)) : 1.f;
     // From this lane's first key to the one at distance 0 of its first row.
-    const float here = static_cast<float>(row0 + Atom::col(0) + task.seq_kv - task.rows - key0 -
-                                          Atom::row(0));
+    const float here =
+        static_cast<float>(row0 + Atom::col(0) + task.seq_kv - task.rows - key0 - Atom::row(0));
     float* dmask = nullptr;
     if constexpr (kMask != MaskForm::none)
       if (p.dmask)
