@@ -291,6 +291,29 @@ def test_gradients_of_options_over_many_blocks(head_dim, options):
             assert all(torch.equal(again[name], first[name]) for name in first if name[0] == "d")
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradients_where_masks_are_looked_through(head_dim):
+    """Masks that hide whole blocks of rows from a block of keys: in front, behind, everywhere, of one head only."""
+    seq = 2048
+    position = torch.arange(seq, device="cuda")
+    padding = position < torch.tensor([900, 0], device="cuda").view(-1, 1, 1, 1)
+    causal = position <= position[:, None]
+    of_heads = causal.repeat(1, 16, 1, 1)
+    of_heads[:, 3] = causal.T
+    of_heads[:, 8:] = False
+    q, k, v = (normal(2, n, seq, head_dim) for n in (16, 4, 4))
+    grad = torch.randn_like(q)
+    for mask in (padding, causal, of_heads, torch.zeros_like(causal)):
+        gradients = []
+        for options in (dict(backend="sm90"), dict(backend="gpu"), dict(backend="sm90", deterministic=True)):
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            out = flash_ext.attn(*leaves, mask, **options)
+            gradients.append(torch.autograd.grad(out, leaves, grad))
+        for mine, other, deterministic in zip(*gradients, strict=True):
+            assert_near(mine, other)
+            assert_near(deterministic, other)
+
+
 def test_nan_does_not_reach_the_gradient_of_what_is_hidden():
     """grad_out of NaN: the mask's gradient of other rows, and of keys that are not there, stays as it is."""
     q, k, v = normal(1, 1, 100, 64), normal(1, 1, 70, 64), normal(1, 1, 70, 64)

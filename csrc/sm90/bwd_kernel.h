@@ -102,6 +102,29 @@ struct BwdShared {
   }
 };
 
+// By one warp: leaves out the first and the last blocks of rows, if a mask hides all keys from them.
+template <typename Config>
+FX_DEVICE void leave_out_unseen(const BwdArgs& args, BwdTask& task) {
+  const SeenKeys& seen = args.seen;
+  const int from = task.block_begin * Config::kBlockQ / kSeenQueries;
+  const int to = task.block_end * Config::kBlockQ / kSeenQueries;
+  int first = INT32_MAX, last = -1;
+  for (int head = 0; head < (seen.head_stride ? args.heads_of_group : 1); ++head) {
+    const SeenRange* ranges =
+        seen.ranges + task.batch * seen.batch_stride + (task.head + head) * seen.head_stride;
+    for (int i = from + static_cast<int>(lane_id()); i < to; i += kWarpSize) {
+      const SeenRange range = ranges[std::min(i, seen.blocks - 1)];
+      if (range.begin >= task.key0 + Config::kBlockKV || range.end <= task.key0) continue;
+      first = std::min(first, i), last = std::max(last, i);
+    }
+  }
+  first = __reduce_min_sync(0xffffffffu, first), last = __reduce_max_sync(0xffffffffu, last);
+  if (lane_id() != 0) return;
+  constexpr int kPerBlock = Config::kBlockQ / kSeenQueries;
+  if (last < 0) task.block_begin = task.block_end = 0;
+  else task.block_begin = first / kPerBlock, task.block_end = last / kPerBlock + 1;
+}
+
 // The blocks of rows in their order: of each head from the last to the first.
 template <typename F>
 FX_DEVICE void for_each_block(const BwdArgs& args, const BwdTask& task, F f) {
@@ -398,26 +421,23 @@ class BwdCompute {
     DqPart dq;
     int head = 0;
     if constexpr (Config::kGeneral)
-      if (steps > 0) scores.fetch(head, block);
+      if (steps > 0) scores.look_ahead(head, block);
 #pragma unroll 1
     for (; step < steps; ++step) {
       start_scores(s);
       start_gradients(dp);
       if constexpr (Config::kGeneral) scores.prepare(head, block);
       wait_for_rows();
-      if constexpr (!Config::kGeneral) {
-        wgmma_wait<1>();
-        arrived(s);
-        weigh(s);
-      }
+      wgmma_wait<1>();
+      arrived(s);
+      if constexpr (Config::kGeneral) scores.weigh(s, rest.stats[QAt(step).stage]);
+      else weigh(s);
       if constexpr (Config::kGeneral) {
         wgmma_wait<0>();
-        arrived(s), arrived(dp);
-        scores.weigh(s, dp, weights, ds, rest.stats[QAt(step).stage]);
+        arrived(dp);
+        scores.differentiate(s, dp, weights, ds, rest.stats[QAt(step).stage]);
         start_dv(dv, weights);
         store(ds);
-        const bool last = block == task.block_begin;
-        if (step + 1 < steps) scores.fetch(head + last, last ? task.block_end - 1 : block - 1);
       } else if constexpr (Config::kTile.early_dv) {
         round(s, weights);
         wgmma_wait<0>();
@@ -435,6 +455,10 @@ class BwdCompute {
       all_there();  // the gradients of both
       start_dq(dq);
       start_dk(dk, ds);
+      if constexpr (Config::kGeneral) {
+        const bool last = block == task.block_begin;
+        if (step + 1 < steps) scores.look_ahead(head + last, last ? task.block_end - 1 : block - 1);
+      }
       wgmma_wait<1>();
       arrived(dv), arrived(dq);
       rest.grad_o[GradAt(step).stage].release();
@@ -480,6 +504,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     prefetch(args.q_map), prefetch(args.k_map), prefetch(args.v_map), prefetch(args.grad_o_map);
     shared.init();
   }
+  if constexpr (Config::kGeneral)
+    if (args.seen.ranges && threadIdx.x < kWarpSize) {
+      __syncwarp();  // the task is there
+      leave_out_unseen<Config>(args, task);
+    }
   __syncthreads();                       // the task is there, and the barriers are set up
   if (task.key0 >= task.seq_kv) return;  // this sequence is shorter than the longest
   if (const int warpgroup = warpgroup_id(); warpgroup == 0) {

@@ -14,7 +14,7 @@ void launch_config(const BwdPlan& plan, void* stream) {
   allow_shared_memory<bwd_kernel<Config>>(kSmemBytes);
   const AttnBwdParams& p = plan.args.params;
   const int64_t batch = p.cu_seqlens_q ? 1 : p.batch;
-  BwdArgs args{plan.args, static_cast<int>(p.heads_q / p.heads_kv)};
+  BwdArgs args{plan.args, static_cast<int>(p.heads_q / p.heads_kv), plan.seen};
   args.q_map = tensor_map(p.q, {batch, p.heads_q, p.rows_q, p.head_dim}, Config::kBlockQ);
   args.grad_o_map =
       tensor_map(p.grad_o, {batch, p.heads_q, p.rows_q, p.head_dim_v}, Config::kBlockQ);
