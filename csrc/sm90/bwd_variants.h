@@ -1,6 +1,5 @@
 // Every Hopper backward kernel that is compiled, and the size of its tiles: all tuning is in this table.
 #pragma once
-#include "../attn/params.h"
 #include "options.h"
 
 namespace flash_ext::sm90 {
