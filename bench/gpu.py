@@ -37,6 +37,8 @@ def rows():
     for head_dim in (80, 96, 192):
         yield causal(f"d{head_dim}-2k-causal", 4, 32, 32, 2048, 2048, head_dim), torch.float16
     yield Case("d32-256", 64, 32, 32, 256, 256, 32), torch.float16
+    yield causal("d32-256-causal", 64, 32, 32, 256, 256, 32), torch.float16
+    yield Case("d32-2048", 8, 64, 64, 2048, 2048, 32), torch.float16
     for seq in (256, 1024, 2048, 4096):
         yield causal(f"b1-{seq}-causal", 1, 32, 32, seq, seq, 128), torch.float16
     yield Case("decode-b1-8k-gqa", 1, 32, 8, 1, 8192, 128), torch.bfloat16

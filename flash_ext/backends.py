@@ -113,7 +113,7 @@ def explain(
         elif reason is None and chosen is not None:
             reason = f"{chosen!r} is faster"
         elif reason is None and wanted is None and name == "sm90" and too_few_rows(call):
-            reason = "'gpu' is faster with so few queries, or so short and narrow ones"
+            reason = "'gpu' is faster with so few queries"
         if reason is None:
             chosen = name
         else:
@@ -242,8 +242,6 @@ def too_few_rows(call):
     """Whether the portable kernels are faster, which share tiles among heads and divide keys; as csrc/sm90/fwd.cu."""
     batch, seq_q, seq_kv = call.lengths or (call.query.shape[0], call.query.shape[-2], call.key.shape[-2])
     heads = call.query.shape[-3] if call.lengths is None else call.query.shape[-2]
-    if max(call.query.shape[-1], call.value.shape[-1]) <= 32 and seq_q < 1024:
-        return True
     return seq_q <= 64 or (batch * heads * -(-seq_q // 128) < 64 and seq_kv > 1024)
 
 

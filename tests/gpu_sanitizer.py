@@ -13,7 +13,7 @@ import flash_ext
 from flash_ext import backends
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
-SM90_HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+SM90_HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 
 
 def tensors(head_dim, dtype, seq_q, seq_kv, heads_kv=1):

@@ -132,3 +132,11 @@ def test_train(bench, tmp_path, capsys):
     found = results(tmp_path, "train-cpu")
     assert found["losses"]["flash_ext"] == pytest.approx(found["losses"]["sdpa"], rel=1e-4)
     assert "tokens/s" in capsys.readouterr().out
+
+
+def test_accuracy(bench, tmp_path, capsys):
+    bench("accuracy").main(["--device", "cpu", "--tokens", "64", "--dtypes", "float32", "--head-dims", "32"])
+    found = json.loads((tmp_path / "accuracy-cpu.json").read_text())["results"]
+    assert [r["title"] for r in found] == ["d32-64", "d32-64-shifted", "d32-64-causal", "d32-64-causal-shifted"]
+    assert all(0 < r["errors"]["flash_ext"]["mean"] < r["errors"]["flash_ext"]["largest"] < 1e-5 for r in found)
+    assert "PyTorch" in capsys.readouterr().out

@@ -22,6 +22,7 @@ constexpr bool built_for_hopper() {
 template <DType kDType>
 FwdLauncher launcher_of_dtype(int head_dim) {
   switch (head_dim) {
+    case 32: return launch<kDType, 32>;
     case 64: return launch<kDType, 64>;
     case 80: return launch<kDType, 80>;
     case 96: return launch<kDType, 96>;
@@ -52,10 +53,9 @@ std::optional<std::string> obstacle(const AttnParams& p, const GpuFacts& gpu) {
   return std::nullopt;
 }
 
-// The portable kernels share one tile among heads where there are few queries, divide the keys where
-// there are few tiles, and have tiles of head_dim 32.
+// The portable kernels share one tile among heads where there are few queries, and divide the keys where
+// there are few tiles.
 bool worthwhile(const AttnParams& p) {
-  if (std::max(p.head_dim, p.head_dim_v) <= 32 && p.seq_q < 1024) return false;
   return p.seq_q > 64 && (p.batch * p.heads_q * ceil_div(p.seq_q, 128) >= 64 || p.seq_kv <= 1024);
 }
 
@@ -73,6 +73,13 @@ bool even_is_faster(const AttnParams& p, const GpuFacts& gpu, int head_dim, Opti
   if (head_dim == 64 && (p.window_left >= 0 || p.window_right >= 0)) return true;
   const double slower = head_dim == 64 ? 1.06 : 1.13;  // a row of the even tile (performance log)
   return rows_of_a_block(p, gpu, tile) > slower * rows_of_a_block(p, gpu, even);
+}
+
+// Whether warpgroups take turns at products. Where those are short, as are the rows, it is better to start
+// them at once (performance log).
+bool take_turns(const AttnParams& p, int head_dim, FwdOptions options) {
+  if (head_dim > 64 || options != FwdOptions::none) return true;
+  return head_dim == 64 && p.seq_kv > 2048;
 }
 
 // Heads whose tiles are started together. Under a causal mask tiles come with the longest first; where
@@ -93,6 +100,7 @@ FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   const Options options = needed_options(p);
   const bool even = even_is_faster(p, gpu, head_dim, options);
   FwdPlan plan{head_dim, options, even, {p}};
+  plan.turns = take_turns(p, head_dim, options);
   flash_ext::FwdArgs& args = plan.args;
   args.blocks_q = static_cast<int>(ceil_div(p.seq_q, fwd_tile(head_dim, options, even).block_q()));
   args.heads = p.batch * p.heads_q;

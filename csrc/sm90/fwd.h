@@ -15,6 +15,7 @@ struct FwdPlan {
   bool even;  // see fwd_tile
   flash_ext::FwdArgs args;
   int64_t thread_blocks = 0;
+  bool turns = true;    // of warpgroups at products
   bool counts = false;  // thread blocks take the next tile when they are done with one
   unsigned* taken = nullptr;
 

@@ -9,6 +9,7 @@ namespace flash_ext::sm90 {
 struct FwdArgs : flash_ext::FwdArgs {
   // How many tiles are taken, zero at first; null: tiles are dealt out beforehand.
   unsigned* taken = nullptr;
+  bool turns = true;                // warpgroups start their products one after the other
   CUtensorMap q_map, k_map, v_map;  // [batch, head, row, col]; packed tensors are one batch
 };
 

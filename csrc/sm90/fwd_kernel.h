@@ -265,10 +265,14 @@ class Compute {
   RingPosition<Config::kStages> k_at, v_at;
   RingPosition<Config::kQStages> q_at;
 
-  // One warpgroup after the other issues products, so that its weights are computed while those of
-  // the others run. Barrier 1 + i is warpgroup i's, which waits there for the one before it.
-  FX_DEVICE void take_turn() { barrier_wait(1 + id, 2 * kWarpgroup); }
-  FX_DEVICE void pass_turn() { barrier_arrive(1 + (id + 1) % kWarpgroups, 2 * kWarpgroup); }
+  // With turns, one warpgroup after the other issues products, so that its weights are computed while
+  // those of the others run. Barrier 1 + i is warpgroup i's, which waits there for the one before it.
+  FX_DEVICE void take_turn() {
+    if (args.turns) barrier_wait(1 + id, 2 * kWarpgroup);
+  }
+  FX_DEVICE void pass_turn() {
+    if (args.turns) barrier_arrive(1 + (id + 1) % kWarpgroups, 2 * kWarpgroup);
+  }
   FX_DEVICE void wait_for_warpgroup() { barrier_wait(1 + kWarpgroups + id, kWarpgroup); }
 
   FX_DEVICE void start_scores(typename Config::Scores& s, typename Config::QTile q) {
@@ -309,12 +313,12 @@ class Compute {
     int passed = task.block_begin;
     if (own.block_begin < own.block_end) {
       pass_blocks(own.block_begin - passed);
-      all_blocks(task, own, row0 + warp_row, q, o, softmax);
+      all_blocks(task, own, row0 + warp_row, q, q_place, o, softmax);
       passed = own.block_end;
+    } else {
+      q_place.release();
     }
     pass_blocks(task.block_end - passed);
-
-    q_place.release();
 
     normalise<Config>(o, softmax, p, task, row0 + warp_row);
     write_output<Config>(o, p, task, row0 + warp_row);
@@ -354,7 +358,7 @@ class Compute {
   }
 
   FX_DEVICE void all_blocks(const FwdTask& task, const KeyBlocks& own, int row0,
-                            typename Config::QTile q, typename Config::Output& o,
+                            typename Config::QTile q, Place& q_place, typename Config::Output& o,
                             Softmax<T>& softmax) {
     typename Config::Scores s;
     typename Config::Weights weights;
@@ -371,6 +375,7 @@ class Compute {
     fetch_mask(block);
     wgmma_wait<0>();
     scores_arrived(s);
+    if (block + 1 == own.block_end) q_place.release();
     weigh<true, false>(s, weights, o, softmax, mask, task, own, row0, block);
 
     // The output of each block is computed together with the scores of the next one. whole: every
@@ -388,6 +393,7 @@ class Compute {
         wgmma_wait<0>();
         output_arrived(o);
         scores_arrived(s);
+        if (block + 1 == own.block_end) q_place.release();  // for the next tile's
         weigh<false, decltype(whole)::value>(s, weights, o, softmax, mask, task, own, row0, block);
       }
       --block;

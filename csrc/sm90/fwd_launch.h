@@ -14,7 +14,7 @@ void launch_config(const FwdPlan& plan, void* stream) {
   allow_shared_memory<fwd_kernel<Config>>(kSmemBytes);
   const AttnParams& p = plan.args.params;
   const int64_t batch = p.cu_seqlens_q ? 1 : p.batch;
-  FwdArgs args{plan.args, plan.taken};
+  FwdArgs args{plan.args, plan.taken, plan.turns};
   args.q_map = tensor_map(p.q, {batch, p.heads_q, p.rows_q, p.head_dim}, 64);
   args.k_map = tensor_map(p.k, {batch, p.heads_kv, p.rows_kv, p.head_dim}, Config::kBlockKV);
   args.v_map = tensor_map(p.v, {batch, p.heads_kv, p.rows_kv, p.head_dim_v}, Config::kBlockKV);

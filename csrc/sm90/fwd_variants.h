@@ -5,7 +5,7 @@
 namespace flash_ext::sm90 {
 
 // Products have these widths; others are filled up with zeros on the way to shared memory.
-inline constexpr int kFwdHeadDims[] = {64, 80, 96, 128, 192, 256};
+inline constexpr int kFwdHeadDims[] = {32, 64, 80, 96, 128, 192, 256};
 
 struct FwdTile {
   int warpgroups;  // that compute, of 64 rows each; one more feeds them
@@ -33,6 +33,7 @@ struct FwdTile {
 constexpr FwdTile fwd_tile(int head_dim, Options options, bool even) {
   const bool plain = options == Options::none;
   switch (head_dim) {
+    case 32: return plain ? FwdTile{4, 64, 4, 2} : FwdTile{3, 96, 3, 2};
     case 64:
       if (!plain) return {3, 96, 3, 2};
       return even ? FwdTile{4, 64, 4, 2} : FwdTile{3, 128, 3, 2};

@@ -13,21 +13,31 @@ class Softmax {
  public:
   RowVec<T, 16> reference, sum;  // sum: of this lane's elements
 
-  FX_DEVICE Softmax() { reference.fill(-3.402823466e38f), sum.fill(0.f); }
+  FX_DEVICE Softmax() { reference.fill(kLowest), sum.fill(0.f); }
 
   // Turns s * scale, scores to base 2, into weights, and rescales what o has gathered so far. kFirst:
   // there is no reference yet. drop(atom, its number) sets weights to zero that are summed all the same.
   template <bool kFirst, int kCols, int kHeadDim, typename Drop>
   FX_DEVICE void step(AccTile<T, 16, kCols>& s, OperandTile<T, 16, kCols>& weights,
                       AccTile<T, 16, kHeadDim>& o, float scale, Drop drop) {
-    constexpr float kMost = 1024.f;  // of a lane's part of a block; each is below float16's largest
+    // Of a lane's part of a block: no weight is beyond float16's largest, and the largest ones are not
+    // among its smallest.
+    constexpr float kMost = 1024.f, kLeast = 0.125f;
+    // The first reference is the first block's maximum; where a maximum is much of the work, 0 if that
+    // will do. (With the maximum the largest weight is 1, which is not rounded.)
+    constexpr bool kGuess = kFirst && kHeadDim <= 32;
+    if constexpr (kGuess) reference.fill(0.f);
     RowVec<T, 16> part;
-    bool low = kFirst;
-    if constexpr (!kFirst) {
+    bool off = kFirst && !kGuess;
+    if constexpr (!kFirst || kGuess) {
       part = weigh(s, weights, scale, drop);
-      part.for_each([&](float& x, int, int) { low |= !(x <= kMost); });  // also where x is NaN
+      part.for_each([&](float& x, int, int) {
+        off |= !(x <= kMost);  // also where x is NaN
+        if constexpr (kGuess) off |= x < kLeast;
+      });
     }
-    if (kFirst || any_lane(low)) {
+    if ((kFirst && !kGuess) || any_lane(off)) {
+      if constexpr (kGuess) reference.fill(kLowest);
       const RowVec<T, 16> decay = renew(s, scale);
       if constexpr (!kFirst) multiply(o, decay);
       part = weigh(s, weights, scale, drop);
@@ -41,6 +51,8 @@ class Softmax {
   }
 
  private:
+  static constexpr float kLowest = -3.402823466e38f;
+
   // Raises the reference to the scores' maximum. What came before is to be multiplied by the result.
   template <int kCols>
   FX_DEVICE RowVec<T, 16> renew(AccTile<T, 16, kCols>& s, float scale) {

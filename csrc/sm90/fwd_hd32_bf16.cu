@@ -1,0 +1,5 @@
+#include "../vendor.h"
+
+#include "fwd_launch.h"
+
+namespace flash_ext::sm90 { template void launch<DType::bf16, 32>(const FwdPlan&, void*); }
