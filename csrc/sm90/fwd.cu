@@ -77,8 +77,8 @@ bool even_is_faster(const AttnParams& p, const GpuFacts& gpu, int head_dim, Opti
 
 // Whether warpgroups take turns at products. Where those are short, as are the rows, it is better to start
 // them at once (performance log).
-bool take_turns(const AttnParams& p, int head_dim, FwdOptions options) {
-  if (head_dim > 64 || options != FwdOptions::none) return true;
+bool take_turns(const AttnParams& p, int head_dim, Options options) {
+  if (head_dim > 64 || options != Options::none) return true;
   return head_dim == 64 && p.seq_kv > 2048;
 }
 
