@@ -2,10 +2,27 @@
 
 #include <algorithm>
 
+#include "../checks.h"
 #include "bwd_sums.h"
 #include "plan.h"
 
 namespace flash_ext {
+namespace {
+
+// Whether several products add to one element of dmask.
+bool dmask_is_shared(const AttnBwdParams& p) {
+  return p.dmask &&
+         ((p.dmask_batch_stride == 0 && p.batch > 1) ||
+          (p.dmask_head_stride == 0 && p.heads_q > 1) || (p.dmask_q_stride == 0 && p.seq_q > 1) ||
+          (p.dmask_kv_stride == 0 && p.seq_kv > 1));
+}
+
+}  // namespace
+
+void check_deterministic(const AttnBwdParams& p, bool deterministic) {
+  FX_CHECK(!deterministic || !dmask_is_shared(p),
+           "deterministic: the gradient of a broadcast attn_mask is not, on a GPU");
+}
 
 int groups_at_once(const BwdArgs& args, const GpuFacts& gpu, int64_t slots) {
   const AttnBwdParams& p = args.params;

@@ -24,8 +24,11 @@ BwdLauncher launcher_of_dtype(int head_dim) {
 
 std::optional<std::string> obstacle(const AttnBwdParams& p, const GpuFacts& gpu) {
   if (auto why = obstacle(static_cast<const AttnParams&>(p), gpu)) return why;
-  if (p.mask.data || p.softcap > 0 || p.alibi_slopes || p.dropout_threshold)
-    return "it has no gradients with attn_mask, softcap, alibi_slopes or dropout_p";
+  if (p.mask.data && p.mask.dtype != DType::b8 && p.mask.dtype != DType::f32 &&
+      p.mask.dtype != p.dtype)
+    return "it has gradients with an attn_mask of bool, float32 or the dtype of q";
+  if (std::max(p.mask.q_stride, p.mask.kv_stride) >= int64_t{1} << 23)
+    return "attn_mask: its rows are too far from each other";
   if (std::max(p.head_dim, p.head_dim_v) > kBwdHeadDims[std::size(kBwdHeadDims) - 1])
     return "it has gradients of smaller head_dims";
   if (p.rows_q == 0) return "there is no query";
@@ -44,8 +47,17 @@ bool worthwhile(const AttnBwdParams& p) {
   return p.seq_q > 64 && std::max(p.head_dim, p.head_dim_v) > 32;
 }
 
+int64_t BwdPlan::scratch_floats() const { return BwdSums::scratch_floats() + 2 * seen.count(); }
+
+void BwdPlan::use_scratch(float* scratch) {
+  BwdSums::use_scratch(scratch);
+  if (seen.count())
+    seen.ranges = reinterpret_cast<const SeenRange*>(scratch + BwdSums::scratch_floats());
+}
+
 BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic) {
-  BwdPlan plan{{{p}, deterministic}, compiled_head_dim(p, kBwdHeadDims)};
+  check_deterministic(p, deterministic);
+  BwdPlan plan{{{p}, deterministic}, compiled_head_dim(p, kBwdHeadDims), needed_options(p)};
   flash_ext::BwdArgs& args = plan.args;
   args.pack = Divisor(1);
   args.blocks_kv = static_cast<int>(ceil_div(p.seq_kv, BwdTile::block_kv));
@@ -53,8 +65,11 @@ BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic
   args.rows = p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;
   args.dq_cols = plan.head_dim;
   args.dq_flip = 8;
-  args.blocks_q = static_cast<int>(ceil_div(p.seq_q, bwd_tile(plan.head_dim).block_q));
+  args.blocks_q =
+      static_cast<int>(ceil_div(p.seq_q, bwd_tile(plan.head_dim, plan.options).block_q));
   args.groups_at_once = groups_at_once(args, gpu, gpu.multiprocessors);
+  if (!deterministic)
+    plan.seen = plan_seen_keys(p);  // turns count every block that a band mask leaves
   return plan;
 }
 
@@ -62,6 +77,7 @@ void launch_bwd(const BwdPlan& plan, void* stream) {
   const flash_ext::BwdArgs& args = plan.args;
   launch_bwd_start(plan, stream);
   launch_bwd_dsinks(args, stream);
+  if (plan.seen.ranges) launch_seen_keys(args.params, plan.seen, stream);
   if (args.groups * args.blocks_kv > 0) {
     const auto launch = args.params.dtype == DType::f16
                             ? launcher_of_dtype<DType::f16>(plan.head_dim)

@@ -10,6 +10,7 @@
 #include "../attn/online_softmax.h"
 #include "../tile/atomic.h"
 #include "bwd_args.h"
+#include "bwd_scores.h"
 #include "bwd_variants.h"
 #include "operand_store.h"
 #include "tma.h"
@@ -18,9 +19,17 @@
 
 namespace flash_ext::sm90 {
 
-template <DType kDType, int kDim, BwdTile kSize = bwd_tile(kDim)>
+// What must be known of a block of rows, see RowStats.
+template <int kRows>
+struct BlockStats {
+  float lse[kRows], delta[kRows];
+};
+
+template <DType kDType, int kDim, Options kWith = Options::none,
+          BwdTile kSize = bwd_tile(kDim, kWith)>
 struct BwdConfig {
   using T = Element<kDType>;
+  static constexpr bool kGeneral = kWith != Options::none, kDropout = kWith == Options::dropout;
   static constexpr BwdTile kTile = kSize;
   static constexpr int kHeadDim = kDim, kBlockQ = kTile.block_q, kBlockKV = kTile.block_kv;
   static constexpr int kWarpgroups = kTile.warpgroups, kThreads = (kWarpgroups + 1) * kWarpgroup;
@@ -36,13 +45,11 @@ struct BwdConfig {
   using Weights = OperandTile<T, 16, kBlockQ>;
   using KvGrad = AccTile<T, 16, kHeadDim>;
   using DqPart = AccTile<T, 16, 64>;
+  using Stats = BlockStats<kBlockQ>;
 };
 
-// What must be known of a block of rows, see RowStats.
-template <int kRows>
-struct BlockStats {
-  float lse[kRows], delta[kRows];
-};
+template <typename Config>
+using BwdScoresOf = std::conditional_t<Config::kGeneral, BwdScores<Config>, NoBwdScores>;
 
 template <typename Config>
 struct BwdShared {
@@ -50,11 +57,14 @@ struct BwdShared {
   using KvTile = typename Config::KvTile;
   using QTile = typename Config::QTile;
   using DsTile = typename Config::DsTile;
-  using Stats = BlockStats<Config::kBlockQ>;
+  using Stats = typename Config::Stats;
+  using MaskRows = typename BwdScoresOf<Config>::MaskRows;
   static constexpr int kQ = 2 * KvTile::kBytes, kGradO = kQ + Config::kQStages * QTile::kBytes;
   static constexpr int kDs = kGradO + Config::kGradStages * QTile::kBytes;
   static constexpr int kDq = kDs + 2 * DsTile::kBytes;
-  static constexpr int kRest = kDq + Config::kBlockQ * Config::kHeadDim * 4;
+  static constexpr int kMask = kDq + Config::kBlockQ * Config::kHeadDim * 4;
+  static constexpr int kMaskBytes = Config::kGeneral ? static_cast<int>(sizeof(MaskRows)) : 0;
+  static constexpr int kRest = kMask + 4 * Config::kWarpgroups * kMaskBytes;  // of each warp
   struct Rest {
     Stats stats[Config::kQStages];
     Place q[Config::kQStages], rows[Config::kQStages], grad_o[Config::kGradStages], dq;
@@ -77,6 +87,9 @@ struct BwdShared {
     return {reinterpret_cast<T*>(base + kDs + i * DsTile::kBytes)};
   }
   FX_DEVICE float* dq() const { return reinterpret_cast<float*>(base + kDq); }
+  FX_DEVICE MaskRows& mask(int warp) const {
+    return *reinterpret_cast<MaskRows*>(base + kMask + warp * kMaskBytes);
+  }
 
   FX_DEVICE void init() const {
     constexpr int kWarps = Config::kWarpgroups * kWarpgroup / kWarpSize;
@@ -88,6 +101,29 @@ struct BwdShared {
     Mbarrier::publish_init();
   }
 };
+
+// By one warp: leaves out the first and the last blocks of rows, if a mask hides all keys from them.
+template <typename Config>
+FX_DEVICE void leave_out_unseen(const BwdArgs& args, BwdTask& task) {
+  const SeenKeys& seen = args.seen;
+  const int from = task.block_begin * Config::kBlockQ / kSeenQueries;
+  const int to = task.block_end * Config::kBlockQ / kSeenQueries;
+  int first = INT32_MAX, last = -1;
+  for (int head = 0; head < (seen.head_stride ? args.heads_of_group : 1); ++head) {
+    const SeenRange* ranges =
+        seen.ranges + task.batch * seen.batch_stride + (task.head + head) * seen.head_stride;
+    for (int i = from + static_cast<int>(lane_id()); i < to; i += kWarpSize) {
+      const SeenRange range = ranges[std::min(i, seen.blocks - 1)];
+      if (range.begin >= task.key0 + Config::kBlockKV || range.end <= task.key0) continue;
+      first = std::min(first, i), last = std::max(last, i);
+    }
+  }
+  first = __reduce_min_sync(0xffffffffu, first), last = __reduce_max_sync(0xffffffffu, last);
+  if (lane_id() != 0) return;
+  constexpr int kPerBlock = Config::kBlockQ / kSeenQueries;
+  if (last < 0) task.block_begin = task.block_end = 0;
+  else task.block_begin = first / kPerBlock, task.block_end = last / kPerBlock + 1;
+}
 
 // The blocks of rows in their order: of each head from the last to the first.
 template <typename F>
@@ -211,7 +247,9 @@ class BwdCompute {
   FX_DEVICE BwdCompute(const BwdArgs& args, const BwdTask& task, BwdShared<Config> shared, int id)
       : args(args), p(args.params), task(task), shared(shared), rest(shared.rest()), id(id),
         warp_row(uniform(static_cast<int>(warp_id()) % 4) * 16),
-        scale(static_cast<float>(p.scale) * kLog2e), block(task.block_end - 1) {}
+        scale(static_cast<float>(p.scale) * kLog2e),
+        scores(p, task, shared.mask(4 * id + warp_row / 16), task.key0 + 64 * id + warp_row),
+        block(task.block_end - 1) {}
 
   FX_DEVICE void run() {
     KvGrad dk, dv;
@@ -226,6 +264,10 @@ class BwdCompute {
     const int steps = args.heads_of_group * std::max(task.block_end - task.block_begin, 0);
     all_blocks(dk, dv, steps);
     dk.for_each([&](float& x, int, int, int) { x *= static_cast<float>(p.scale); });
+    if constexpr (Config::kDropout) {
+      const float factor = 65536.f / (65536.f - static_cast<float>(p.dropout_threshold));
+      dv.for_each([&](float& x, int, int, int) { x *= factor; });
+    }
     all_there();  // nobody reads k and v any more
     write(dk, shared.k(), p.dk, static_cast<int>(p.head_dim));
     write(dv, shared.v(), p.dv, static_cast<int>(p.head_dim_v));
@@ -239,6 +281,7 @@ class BwdCompute {
   typename BwdShared<Config>::Rest& rest;
   const int id, warp_row;
   const float scale;
+  BwdScoresOf<Config> scores;
   int block;     // of rows
   int step = 0;  // blocks before this one
 
@@ -341,6 +384,9 @@ class BwdCompute {
       x = weights.atom[0][n].reg[i] * (x - delta);
     });
     round(dp, ds);
+    store(ds);
+  }
+  FX_DEVICE void store(const Weights& ds) {
     store_operand(ds, shared.ds(step % 2), 64 * id + warp_row);
     ptx::fence_proxy_async();  // wgmma sees it after the next barrier
   }
@@ -374,15 +420,25 @@ class BwdCompute {
     Weights weights, ds;
     DqPart dq;
     int head = 0;
+    if constexpr (Config::kGeneral)
+      if (steps > 0) scores.look_ahead(head, block);
 #pragma unroll 1
     for (; step < steps; ++step) {
       start_scores(s);
       start_gradients(dp);
+      if constexpr (Config::kGeneral) scores.prepare(head, block);
       wait_for_rows();
       wgmma_wait<1>();
       arrived(s);
-      weigh(s);
-      if constexpr (Config::kTile.early_dv) {
+      if constexpr (Config::kGeneral) scores.weigh(s, rest.stats[QAt(step).stage]);
+      else weigh(s);
+      if constexpr (Config::kGeneral) {
+        wgmma_wait<0>();
+        arrived(dp);
+        scores.differentiate(s, dp, weights, ds, rest.stats[QAt(step).stage]);
+        start_dv(dv, weights);
+        store(ds);
+      } else if constexpr (Config::kTile.early_dv) {
         round(s, weights);
         wgmma_wait<0>();
         arrived(dp);
@@ -399,6 +455,10 @@ class BwdCompute {
       all_there();  // the gradients of both
       start_dq(dq);
       start_dk(dk, ds);
+      if constexpr (Config::kGeneral) {
+        const bool last = block == task.block_begin;
+        if (step + 1 < steps) scores.look_ahead(head + last, last ? task.block_end - 1 : block - 1);
+      }
       wgmma_wait<1>();
       arrived(dv), arrived(dq);
       rest.grad_o[GradAt(step).stage].release();
@@ -444,6 +504,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     prefetch(args.q_map), prefetch(args.k_map), prefetch(args.v_map), prefetch(args.grad_o_map);
     shared.init();
   }
+  if constexpr (Config::kGeneral)
+    if (args.seen.ranges && threadIdx.x < kWarpSize) {
+      __syncwarp();  // the task is there
+      leave_out_unseen<Config>(args, task);
+    }
   __syncthreads();                       // the task is there, and the barriers are set up
   if (task.key0 >= task.seq_kv) return;  // this sequence is shorter than the longest
   if (const int warpgroup = warpgroup_id(); warpgroup == 0) {

@@ -1,6 +1,6 @@
 // Every Hopper backward kernel that is compiled, and the size of its tiles: all tuning is in this table.
 #pragma once
-#include "../attn/params.h"
+#include "options.h"
 
 namespace flash_ext::sm90 {
 
@@ -21,7 +21,8 @@ struct BwdTile {
 
 // Besides dk and dv registers hold, of a block of rows, weights and their gradients in float32 and in
 // 16 bits, and later half of dq.
-constexpr BwdTile bwd_tile(int head_dim) {
+constexpr BwdTile bwd_tile(int head_dim, Options options) {
+  if (options != Options::none) return {head_dim == 64 ? 128 : 64, 2, 2, false};
   if (head_dim == 64) return {128, 2, 2, false};  // otherwise registers do not suffice
   return {64, 2, 2, true};
 }
