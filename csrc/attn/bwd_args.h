@@ -25,15 +25,11 @@ struct BwdArgs {
   // Column c of row r of a sum lies at c ^ (r % 4 * dq_flip): 8 where sums go through shared
   // memory, where it keeps rows in different banks; else 0.
   int dq_flip = 0;
-  // Hopper's order instead: of 16 columns, 2t and 2t + 1 and the two that are eight on lie at 4t.
-  bool dq_paired = false;
 
-  // Where results must repeat bit for bit: [groups, blocks_q, turn_parts], how many blocks of keys have
-  // added to a part of the dq of a block of rows; they do so in their order. Null: whenever they have
-  // something.
+  // Where results must repeat bit for bit: [groups, blocks_q], how many blocks of keys have added to
+  // the dq of a block of rows; they do so in their order. Null: whenever they have something.
   int* turns = nullptr;
   int blocks_q = 0;  // blocks of rows that the longest sequence fills
-  int turn_parts = 1;
 
   // Index of the first row of a sequence's packed heads, the heads_of-th `pack` ones; first_q is where
   // the sequence starts in packed tensors.

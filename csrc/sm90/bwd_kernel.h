@@ -1,15 +1,14 @@
 // The main backward kernel for Hopper: dk, dv and the float32 sums of dq, as attn/bwd_kernel.h has
 // them. Two warpgroups own 64 keys each, and query rows pass by in blocks; the scores are transposed,
 // [keys, rows], so that weights and their gradients are the left operands of dv and dk where they are,
-// in registers. Only dq, whose sum goes over the keys of both, needs the gradients in shared memory;
-// registers are added to its sums. Of the other four warps one has the copy engine fill rings of q and
-// grad_o, and one puts what must be known of rows beside them.
+// in registers. Only dq, whose sum goes over the keys of both, needs the gradients in shared memory.
+// Of the other four warps one has the copy engine fill rings of q and grad_o, one puts what must be
+// known of rows beside them, and one has the engine add dq to its sums.
 #pragma once
 #include "../attn/bwd_task.h"
 #include "../attn/element.h"
 #include "../attn/online_softmax.h"
 #include "../tile/atomic.h"
-#include "add_sums.h"
 #include "bwd_args.h"
 #include "bwd_variants.h"
 #include "operand_store.h"
@@ -54,10 +53,11 @@ struct BwdShared {
   using Stats = BlockStats<Config::kBlockQ>;
   static constexpr int kQ = 2 * KvTile::kBytes, kGradO = kQ + Config::kQStages * QTile::kBytes;
   static constexpr int kDs = kGradO + Config::kGradStages * QTile::kBytes;
-  static constexpr int kRest = kDs + 2 * DsTile::kBytes;
+  static constexpr int kDq = kDs + 2 * DsTile::kBytes;
+  static constexpr int kRest = kDq + Config::kBlockQ * Config::kHeadDim * 4;
   struct Rest {
     Stats stats[Config::kQStages];
-    Place q[Config::kQStages], rows[Config::kQStages], grad_o[Config::kGradStages];
+    Place q[Config::kQStages], rows[Config::kQStages], grad_o[Config::kGradStages], dq;
     Mbarrier kv;
     BwdTask task;  // here, because registers are dear
   };
@@ -76,12 +76,14 @@ struct BwdShared {
   FX_DEVICE DsTile ds(int i) const {
     return {reinterpret_cast<T*>(base + kDs + i * DsTile::kBytes)};
   }
+  FX_DEVICE float* dq() const { return reinterpret_cast<float*>(base + kDq); }
 
   FX_DEVICE void init() const {
     constexpr int kWarps = Config::kWarpgroups * kWarpgroup / kWarpSize;
     for (Place& place : rest().q) place.init(kWarps);
     for (Place& place : rest().rows) place.init(kWarps);
     for (Place& place : rest().grad_o) place.init(kWarps);
+    rest().dq.full.init(kWarps), rest().dq.empty.init(1);
     rest().kv.init(2);
     Mbarrier::publish_init();
   }
@@ -151,6 +153,38 @@ FX_DEVICE void load_stats(const BwdArgs& args, const BwdTask& task, BwdShared<Co
   });
 }
 
+// One thread: has dq added to the sums. In deterministic mode blocks of keys take turns, in their
+// order; a thread block only waits for such that were started before it.
+template <typename Config>
+FX_DEVICE void add_dq(const BwdArgs& args, const BwdTask& task, BwdShared<Config> shared) {
+  constexpr int kBlockQ = Config::kBlockQ, kHeadDim = Config::kHeadDim;
+  unsigned parity = 0;
+  for_each_block(args, task, [&](int head, int block) {
+    Place& place = shared.rest().dq;
+    const int row0 = block * kBlockQ, rows = std::min(task.rows - row0, kBlockQ);
+    int* counter = nullptr;
+    int turn = 0;
+    if (args.turns) {
+      counter = args.turns + (int64_t{task.group} + head) * args.blocks_q + block;
+      // All from the first that its first row sees come before.
+      turn = task.key0 / Config::kBlockKV - std::max(row0 - task.left, 0) / Config::kBlockKV;
+    }
+    place.wait_full(parity);
+    if (args.turns)
+      while (load_acquire(counter) != turn) {}
+    add_async(args.dq + (first_row_of(args, task, head) + row0) * kHeadDim, shared.dq(),
+              rows * kHeadDim);
+    wait_add_async_read();
+    place.empty.arrive();
+    if (args.turns) {
+      wait_add_async();
+      store_release(counter, turn + 1);
+    }
+    parity ^= 1;
+  });
+  wait_add_async();  // shared memory is read until then
+}
+
 // Packed tensors: what follows the last row belongs to another sequence, and may be NaN, which a
 // weight of zero would not hide. By `count` threads, of which this is the index-th.
 template <typename Tile>
@@ -171,8 +205,7 @@ class BwdCompute {
   using DqPart = typename Config::DqPart;
   static constexpr int kBlockKV = Config::kBlockKV, kBlockQ = Config::kBlockQ;
   static constexpr int kHeadDim = Config::kHeadDim;
-  static constexpr int kComputing = Config::kWarpgroups * kWarpgroup,
-                       kWarps = kComputing / kWarpSize;
+  static constexpr int kComputing = Config::kWarpgroups * kWarpgroup;
 
  public:
   FX_DEVICE BwdCompute(const BwdArgs& args, const BwdTask& task, BwdShared<Config> shared, int id)
@@ -312,35 +345,28 @@ class BwdCompute {
     ptx::fence_proxy_async();  // wgmma sees it after the next barrier
   }
 
-  FX_DEVICE void add(const DqPart& dq, int head) {
-    const int row0 = block * kBlockQ + (Config::kDqByRows ? 64 * id : 0) + warp_row;
+  FX_DEVICE void hand_over(const DqPart& dq, int head) {
+    rest.dq.wait_empty(step % 2);
+    const int row0 = (Config::kDqByRows ? 64 * id : 0) + warp_row;
     const int col0 = Config::kDqByRows ? 0 : 64 * id;
-    if (args.turns) wait_for_turn(head, block);
-    add_to_sums<kHeadDim>(args.dq + (first_row_of(args, task, head) + row0) * kHeadDim + col0, dq,
-                          task.rows - row0, kHeadDim - col0);
-  }
-
-  // In deterministic mode the warps of this place in all blocks of keys take turns at a block of rows,
-  // in the order of the keys; a thread block only waits for such that were started before it.
-  FX_DEVICE int* counter(int head, int of_block) const {
-    const int64_t index = (int64_t{task.group} + head) * args.blocks_q + of_block;
-    return args.turns + index * kWarps + 4 * id + warp_row / 16;
-  }
-  FX_DEVICE int turn(int of_block) const {
-    // All from the first that its first row sees come before.
-    return task.key0 / kBlockKV - std::max(of_block * kBlockQ - task.left, 0) / kBlockKV;
-  }
-  FX_DEVICE void wait_for_turn(int head, int of_block) const {
-    const int* at = counter(head, of_block);
-    const int mine = turn(of_block);
-    while (load_acquire(at) != mine) {}
-  }
-  // Of the block before this one: what was added then has long arrived.
-  FX_DEVICE void pass_turn_on(int head) const {
-    int last = block + 1;
-    if (last == task.block_end) last = task.block_begin, --head;
-    __syncwarp();  // all lanes have added
-    if (lane_id() == 0) store_release(counter(head, last), turn(last) + 1);
+    const int flip = (static_cast<int>(first_row_of(args, task, head)) + dq.row(0, 0)) % 4 * 8;
+#pragma unroll
+    for (int slot = 0; slot < 2; ++slot) {
+      float* dst = shared.dq() + (row0 + dq.row(0, slot)) * kHeadDim + col0;
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        if (kHeadDim % 64 && 16 * n >= kHeadDim - col0) continue;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float* x = dq.atom[0][n].reg + 4 * half + 2 * slot;
+          const int col = 16 * n + 8 * half + static_cast<int>(lane_id() % 4) * 2;
+          *reinterpret_cast<float2*>(dst + (col ^ flip)) = {x[0], x[1]};
+        }
+      }
+    }
+    publish_to_add_async();
+    __syncwarp();  // the warp's part is there
+    if (lane_id() == 0) rest.dq.full.arrive();
   }
 
   FX_DEVICE void all_blocks(KvGrad& dk, KvGrad& dv, int steps) {
@@ -352,7 +378,6 @@ class BwdCompute {
     for (; step < steps; ++step) {
       start_scores(s);
       start_gradients(dp);
-      if (args.turns && step > 0) pass_turn_on(head);
       wait_for_rows();
       wgmma_wait<1>();
       arrived(s);
@@ -377,13 +402,12 @@ class BwdCompute {
       wgmma_wait<1>();
       arrived(dv), arrived(dq);
       rest.grad_o[GradAt(step).stage].release();
-      add(dq, head);
+      hand_over(dq, head);
       wgmma_wait<0>();
       arrived(dk);
       rest.q[QAt(step).stage].release();
       if (--block < task.block_begin) block = task.block_end - 1, ++head;
     }
-    if (args.turns && step > 0) pass_turn_on(head);
   }
 
   // Rounds a warp's 16 rows, and writes them through shared memory.
@@ -427,6 +451,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int warp = uniform(static_cast<int>(warp_id()));
     if (warp == 0 && lane_id() == 0) load<Config>(args, task, shared);
     if (warp == 1) load_stats<Config>(args, task, shared);
+    if (warp == 2 && lane_id() == 0) add_dq<Config>(args, task, shared);
   } else {
     take_registers<Config::kTile.registers>();
     BwdCompute<Config>(args, task, shared, warpgroup - 1).run();
