@@ -25,6 +25,9 @@ struct BwdArgs {
   // Column c of row r of a sum lies at c ^ (r % 4 * dq_flip): 8 where sums go through shared
   // memory, where it keeps rows in different banks; else 0.
   int dq_flip = 0;
+  // Hopper's order: of 16 columns, 2t and 2t + 1 and those that are eight on lie together, at 4t; the
+  // place is then changed by ^ (r % 2 * dq_flip).
+  bool dq_paired = false;
 
   // Where results must repeat bit for bit: [groups, blocks_q], how many blocks of keys have added to
   // the dq of a block of rows; they do so in their order. Null: whenever they have something.

@@ -52,7 +52,8 @@ BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic
   args.groups = p.batch * p.heads_kv;
   args.rows = p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;
   args.dq_cols = plan.head_dim;
-  args.dq_flip = 8;
+  args.dq_paired = true;
+  args.dq_flip = dq_flip(plan.head_dim);
   args.blocks_q = static_cast<int>(ceil_div(p.seq_q, bwd_tile(plan.head_dim).block_q));
   args.groups_at_once = groups_at_once(args, gpu, gpu.multiprocessors);
   return plan;

@@ -26,7 +26,9 @@ struct BwdConfig {
   static constexpr int kWarpgroups = kTile.warpgroups, kThreads = (kWarpgroups + 1) * kWarpgroup;
   static constexpr int kQStages = kTile.q_stages, kGradStages = kTile.grad_stages;
   // The warpgroups divide dq's rows where a block has 64 for each, else its columns.
+  static constexpr bool kDqInTurn = kTile.dq_in_turn;
   static constexpr bool kDqByRows = kBlockQ == 64 * kWarpgroups;
+  static constexpr bool kDqByCols = !kDqInTurn && !kDqByRows;
   static_assert(kDqByRows ? kHeadDim == 64 : kBlockQ == 64 && kHeadDim <= 64 * kWarpgroups);
 
   using KvTile = SwizzledTile<T, kBlockKV, kHeadDim>;
@@ -35,7 +37,7 @@ struct BwdConfig {
   using Scores = AccTile<T, 16, kBlockQ>;
   using Weights = OperandTile<T, 16, kBlockQ>;
   using KvGrad = AccTile<T, 16, kHeadDim>;
-  using DqPart = AccTile<T, 16, 64>;
+  using DqPart = AccTile<T, 16, kDqInTurn ? kHeadDim : 64>;
 };
 
 // What must be known of a block of rows, see RowStats.
@@ -58,7 +60,7 @@ struct BwdShared {
   struct Rest {
     Stats stats[Config::kQStages];
     Place q[Config::kQStages], rows[Config::kQStages], grad_o[Config::kGradStages], dq;
-    Mbarrier kv;
+    Mbarrier kv, ds[2];
     BwdTask task;  // here, because registers are dear
   };
   static constexpr int kBytes = kRest + static_cast<int>(sizeof(Rest));
@@ -83,7 +85,8 @@ struct BwdShared {
     for (Place& place : rest().q) place.init(kWarps);
     for (Place& place : rest().rows) place.init(kWarps);
     for (Place& place : rest().grad_o) place.init(kWarps);
-    rest().dq.full.init(kWarps), rest().dq.empty.init(1);
+    for (Mbarrier& ds : rest().ds) ds.init(kWarps);
+    rest().dq.full.init(Config::kDqInTurn ? 4 : kWarps), rest().dq.empty.init(1);
     rest().kv.init(2);
     Mbarrier::publish_init();
   }
@@ -99,9 +102,11 @@ FX_DEVICE void for_each_block(const BwdArgs& args, const BwdTask& task, F f) {
 }
 
 // Index of the first row of the head-th query head, in BwdArgs::stats and dq.
+FX_DEVICE int64_t rows_of_head(const AttnParams& p) {
+  return p.cu_seqlens_q ? p.lse_head_stride : p.seq_q;
+}
 FX_DEVICE int64_t first_row_of(const BwdArgs& args, const BwdTask& task, int head) {
-  const AttnParams& p = args.params;
-  return task.first_row + head * (p.cu_seqlens_q ? p.lse_head_stride : p.seq_q);
+  return task.first_row + head * rows_of_head(args.params);
 }
 
 // One thread: everything is loaded in the order in which it is used.
@@ -204,14 +209,16 @@ class BwdCompute {
   using KvGrad = typename Config::KvGrad;
   using DqPart = typename Config::DqPart;
   static constexpr int kBlockKV = Config::kBlockKV, kBlockQ = Config::kBlockQ;
-  static constexpr int kHeadDim = Config::kHeadDim;
+  static constexpr int kHeadDim = Config::kHeadDim, kDqFlip = dq_flip(kHeadDim);
   static constexpr int kComputing = Config::kWarpgroups * kWarpgroup;
 
  public:
   FX_DEVICE BwdCompute(const BwdArgs& args, const BwdTask& task, BwdShared<Config> shared, int id)
       : args(args), p(args.params), task(task), shared(shared), rest(shared.rest()), id(id),
         warp_row(uniform(static_cast<int>(warp_id()) % 4) * 16),
-        scale(static_cast<float>(p.scale) * kLog2e), block(task.block_end - 1) {}
+        scale(static_cast<float>(p.scale) * kLog2e), block(task.block_end - 1),
+        tail(p.cu_seqlens_q && task.rows % kBlockQ ? task.rows / kBlockQ : -1),
+        flip((static_cast<int>(task.first_row) + static_cast<int>(lane_id()) / 4) % 2 * kDqFlip) {}
 
   FX_DEVICE void run() {
     KvGrad dk, dv;
@@ -224,7 +231,7 @@ class BwdCompute {
       all_there();
     }
     const int steps = args.heads_of_group * std::max(task.block_end - task.block_begin, 0);
-    all_blocks(dk, dv, steps);
+    if (steps > 0) all_blocks(dk, dv, steps);
     dk.for_each([&](float& x, int, int, int) { x *= static_cast<float>(p.scale); });
     all_there();  // nobody reads k and v any more
     write(dk, shared.k(), p.dk, static_cast<int>(p.head_dim));
@@ -239,64 +246,55 @@ class BwdCompute {
   typename BwdShared<Config>::Rest& rest;
   const int id, warp_row;
   const float scale;
-  int block;     // of rows
-  int step = 0;  // blocks before this one
-
-  // Where a ring is at a step.
-  template <int kStages>
-  struct At {
-    int stage;
-    unsigned parity;
-    FX_DEVICE explicit At(int step) : stage(step % kStages), parity(step / kStages % 2) {}
-  };
-  using QAt = At<Config::kQStages>;
-  using GradAt = At<Config::kGradStages>;
+  int block;       // of rows
+  const int tail;  // the block that ends behind a packed sequence's last row
+  int flip;        // see BwdArgs::dq_paired
+  int step = 0;    // blocks before this one
+  RingPosition<Config::kQStages> q_at, next_q;
+  RingPosition<Config::kGradStages> grad_at;
 
   FX_DEVICE void all_there() { barrier_wait(1, kComputing); }
   FX_DEVICE void wait_for_warpgroup() { barrier_wait(2 + id, kWarpgroup); }
 
-  FX_DEVICE void clear_tail(typename Config::QTile tile) {
-    const int left = task.rows - block * kBlockQ;
-    if (!p.cu_seqlens_q || left >= kBlockQ) return;
-    clear_rows(tile, left, kBlockQ, threadIdx.x % kWarpgroup, kWarpgroup);
+  FX_DEVICE void clear_tail(typename Config::QTile tile, int of_block) {
+    if (of_block != tail) return;
+    clear_rows(tile, task.rows % kBlockQ, kBlockQ, threadIdx.x % kWarpgroup, kWarpgroup);
     wait_for_warpgroup();  // all rows are clear
   }
 
-  FX_DEVICE void wait_for_rows() {
-    const QAt at(step);
-    rest.rows[at.stage].wait_full(at.parity);
-  }
-  FX_DEVICE void start_scores(Scores& s) {
-    const QAt at(step);
-    rest.q[at.stage].wait_full(at.parity);
-    clear_tail(shared.q(at.stage));
+  // Of the block at next_q.
+  FX_DEVICE void start_scores(Scores& s, int of_block) {
+    rest.q[next_q.stage].wait_full(next_q.parity);
+    clear_tail(shared.q(next_q.stage), of_block);
     wgmma_fence();
-    start_abt<kHeadDim>(s, shared.k(), shared.q(at.stage), 64 * id);  // s = k q^T
+    start_abt<kHeadDim>(s, shared.k(), shared.q(next_q.stage), 64 * id);  // s = k q^T
     wgmma_commit();
   }
   FX_DEVICE void start_gradients(Scores& dp) {
-    const GradAt at(step);
-    rest.grad_o[at.stage].wait_full(at.parity);
-    clear_tail(shared.grad_o(at.stage));
+    rest.grad_o[grad_at.stage].wait_full(grad_at.parity);
+    clear_tail(shared.grad_o(grad_at.stage), block);
     wgmma_fence();
-    start_abt<kHeadDim>(dp, shared.v(), shared.grad_o(at.stage), 64 * id);  // v grad_o^T
+    start_abt<kHeadDim>(dp, shared.v(), shared.grad_o(grad_at.stage), 64 * id);  // v grad_o^T
     wgmma_commit();
   }
   FX_DEVICE void start_dv(KvGrad& dv, const Weights& weights) {
     wgmma_fence();
-    start_ab(dv, weights, shared.grad_o(GradAt(step).stage));  // dv += weights grad_o
+    start_ab(dv, weights, shared.grad_o(grad_at.stage));  // dv += weights grad_o
     wgmma_commit();
   }
-  FX_DEVICE void start_dk(KvGrad& dk, const Weights& ds) {
+  FX_DEVICE void start_dk(KvGrad& dk, const Weights& ds) {  // dk += ds q
     wgmma_fence();
-    start_ab(dk, ds, shared.q(QAt(step).stage));  // dk += ds q
+    if constexpr (Config::kTile.ds_in_registers) start_ab(dk, ds, shared.q(q_at.stage));
+    else start_ab(dk, shared.ds(step % 2), 64 * id, shared.q(q_at.stage));
     wgmma_commit();
   }
+  FX_DEVICE bool my_dq() const { return !Config::kDqInTurn || step % Config::kWarpgroups == id; }
   FX_DEVICE void start_dq(DqPart& dq) {
-    wgmma_fence();
-    const int from = 64 * id;
-    const auto ds = shared.ds(step % 2);
-    start_atb(dq, ds, Config::kDqByRows ? from : 0, shared.k(), Config::kDqByRows ? 0 : from);
+    if (my_dq()) {
+      wgmma_fence();
+      start_atb(dq, shared.ds(step % 2), Config::kDqByRows ? 64 * id : 0, shared.k(),
+                Config::kDqByCols ? 64 * id : 0);
+    }
     wgmma_commit();
   }
 
@@ -317,7 +315,7 @@ class BwdCompute {
 
   // Scores become weights.
   FX_DEVICE void weigh(Scores& s) {
-    with_columns(s, rest.stats[QAt(step).stage].lse,
+    with_columns(s, rest.stats[q_at.stage].lse,
                  [&](float& x, int, int, float lse) { x = fast_exp2(fmaf(x, scale, -lse)); });
     if (block >= task.whole_begin && block < task.whole_end) return;
     int begin[2], end[2];  // the rows that see a key
@@ -337,77 +335,94 @@ class BwdCompute {
   }
   // The gradients of scores, to registers and shared memory.
   FX_DEVICE void differentiate(Scores& dp, const Scores& weights, Weights& ds) {
-    with_columns(dp, rest.stats[QAt(step).stage].delta, [&](float& x, int n, int i, float delta) {
+    with_columns(dp, rest.stats[q_at.stage].delta, [&](float& x, int n, int i, float delta) {
       x = weights.atom[0][n].reg[i] * (x - delta);
     });
     round(dp, ds);
     store_operand(ds, shared.ds(step % 2), 64 * id + warp_row);
-    ptx::fence_proxy_async();  // wgmma sees it after the next barrier
   }
 
-  FX_DEVICE void hand_over(const DqPart& dq, int head) {
+  // Puts a part of dq where the copy engine finds it.
+  FX_DEVICE void hand_over(const DqPart& dq) {
     rest.dq.wait_empty(step % 2);
     const int row0 = (Config::kDqByRows ? 64 * id : 0) + warp_row;
-    const int col0 = Config::kDqByRows ? 0 : 64 * id;
-    const int flip = (static_cast<int>(first_row_of(args, task, head)) + dq.row(0, 0)) % 4 * 8;
+    const int col0 = Config::kDqByCols ? 64 * id : 0;
+    float* first = shared.dq() + (row0 + dq.row(0, 0)) * kHeadDim + col0 +
+                   static_cast<int>(lane_id() % 4) * 4;
 #pragma unroll
-    for (int slot = 0; slot < 2; ++slot) {
-      float* dst = shared.dq() + (row0 + dq.row(0, slot)) * kHeadDim + col0;
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        if (kHeadDim % 64 && 16 * n >= kHeadDim - col0) continue;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float* x = dq.atom[0][n].reg + 4 * half + 2 * slot;
-          const int col = 16 * n + 8 * half + static_cast<int>(lane_id() % 4) * 2;
-          *reinterpret_cast<float2*>(dst + (col ^ flip)) = {x[0], x[1]};
-        }
-      }
+    for (int n = 0; n < static_cast<int>(std::size(dq.atom[0])); ++n) {
+      if (Config::kDqByCols && kHeadDim % 64 && 16 * n >= kHeadDim - col0) continue;
+      // Rows that are eight apart are both even or odd.
+      float* dst = n % 2 ? first - flip : first + flip;
+      const float* x = dq.atom[0][n].reg;
+      *reinterpret_cast<float4*>(dst + 16 * n) = {x[0], x[1], x[4], x[5]};
+      *reinterpret_cast<float4*>(dst + 16 * n + 8 * kHeadDim) = {x[2], x[3], x[6], x[7]};
     }
-    publish_to_add_async();
-    __syncwarp();  // the warp's part is there
-    if (lane_id() == 0) rest.dq.full.arrive();
+  }
+  FX_DEVICE void tell(Mbarrier& there) {
+    ptx::fence_proxy_async();  // the copy engine and wgmma see what this warp wrote
+    __syncwarp();              // all of it is there
+    if (lane_id() == 0) there.arrive();
+  }
+
+  FX_DEVICE int next_block() const {
+    return block == task.block_begin ? task.block_end - 1 : block - 1;
+  }
+
+  // Products are issued before what they do not depend on: those of a block's dq and dk, and the next
+  // one's scores, run while dq is handed over and the next block's weights are computed; dv's runs
+  // while the scores' gradients are.
+  template <bool kMore>
+  FX_DEVICE void one_block(KvGrad& dk, KvGrad& dv, Scores& s, Scores& dp, DqPart& dq) {
+    Weights weights, ds;
+    rest.rows[q_at.stage].wait_full(q_at.parity);
+    weigh(s);
+    if constexpr (Config::kTile.early_dv) round(s, weights);
+    wgmma_wait<0>();
+    arrived(dk), arrived(dp);
+    if (step > 0) rest.q[(q_at.stage + Config::kQStages - 1) % Config::kQStages].release();
+    if constexpr (Config::kTile.early_dv) start_dv(dv, weights);
+    differentiate(dp, s, ds);
+    tell(rest.ds[step % 2]);
+    rest.rows[q_at.stage].release();
+    if constexpr (!Config::kTile.early_dv) round(s, weights), start_dv(dv, weights);
+    const int next = next_block();
+    if constexpr (kMore) start_scores(s, next);
+    rest.ds[step % 2].wait(step / 2 % 2);  // the gradients of both
+    start_dq(dq);
+    start_dk(dk, ds);
+    wgmma_wait<2 + kMore>();
+    arrived(dv);
+    rest.grad_o[grad_at.stage].release();
+    wgmma_wait<1>();
+    arrived(dq);
+    if constexpr (kMore) arrived(s);
+    if (my_dq()) hand_over(dq);
+    if constexpr (kMore) {
+      grad_at.advance();
+      block = next;
+      start_gradients(dp);
+    }
+    if (my_dq()) tell(rest.dq.full);
+    if constexpr (kMore) {
+      if (block == task.block_end - 1) flip ^= static_cast<int>(rows_of_head(p)) % 2 * kDqFlip;
+      q_at = next_q, next_q.advance(), ++step;
+    }
   }
 
   FX_DEVICE void all_blocks(KvGrad& dk, KvGrad& dv, int steps) {
     Scores s, dp;
-    Weights weights, ds;
     DqPart dq;
-    int head = 0;
+    start_scores(s, block);
+    next_q.advance();
+    start_gradients(dp);
+    wgmma_wait<0>();
+    arrived(s), arrived(dp);
 #pragma unroll 1
-    for (; step < steps; ++step) {
-      start_scores(s);
-      start_gradients(dp);
-      wait_for_rows();
-      wgmma_wait<1>();
-      arrived(s);
-      weigh(s);
-      if constexpr (Config::kTile.early_dv) {
-        round(s, weights);
-        wgmma_wait<0>();
-        arrived(dp);
-        start_dv(dv, weights);
-        differentiate(dp, s, ds);
-      } else {
-        wgmma_wait<0>();
-        arrived(dp);
-        differentiate(dp, s, ds);
-        round(s, weights);
-        start_dv(dv, weights);
-      }
-      rest.rows[QAt(step).stage].release();
-      all_there();  // the gradients of both
-      start_dq(dq);
-      start_dk(dk, ds);
-      wgmma_wait<1>();
-      arrived(dv), arrived(dq);
-      rest.grad_o[GradAt(step).stage].release();
-      hand_over(dq, head);
-      wgmma_wait<0>();
-      arrived(dk);
-      rest.q[QAt(step).stage].release();
-      if (--block < task.block_begin) block = task.block_end - 1, ++head;
-    }
+    while (step + 1 < steps) one_block<true>(dk, dv, s, dp, dq);
+    one_block<false>(dk, dv, s, dp, dq);
+    wgmma_wait<0>();
+    arrived(dk);
   }
 
   // Rounds a warp's 16 rows, and writes them through shared memory.

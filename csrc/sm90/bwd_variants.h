@@ -12,6 +12,8 @@ struct BwdTile {
   int q_stages;     // blocks of q in shared memory
   int grad_stages;  // ... of grad_o
   bool early_dv;    // dv's product runs while the scores' gradients are computed
+  bool ds_in_registers;
+  bool dq_in_turn = false;
 
   // A warpgroup has 64 keys, of which its registers hold dk and dv.
   static constexpr int warpgroups = 2, block_kv = 64 * warpgroups;
@@ -22,8 +24,11 @@ struct BwdTile {
 // Besides dk and dv registers hold, of a block of rows, weights and their gradients in float32 and in
 // 16 bits, and later half of dq.
 constexpr BwdTile bwd_tile(int head_dim) {
-  if (head_dim == 64) return {128, 2, 2, false};  // otherwise registers do not suffice
-  return {64, 2, 2, true};
+  if (head_dim == 64) return {128, 3, 2, false, false};
+  return {64, 3, 2, true, false};
 }
+
+// BwdArgs::dq_flip: where rows are so wide that neighbours begin in the same bank.
+constexpr int dq_flip(int head_dim) { return head_dim % 32 == 0 ? 16 : 0; }
 
 }  // namespace flash_ext::sm90
