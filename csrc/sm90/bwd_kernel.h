@@ -26,9 +26,8 @@ struct BwdConfig {
   static constexpr int kWarpgroups = kTile.warpgroups, kThreads = (kWarpgroups + 1) * kWarpgroup;
   static constexpr int kQStages = kTile.q_stages, kGradStages = kTile.grad_stages;
   // The warpgroups divide dq's rows where a block has 64 for each, else its columns.
-  static constexpr bool kDqInTurn = kTile.dq_in_turn;
   static constexpr bool kDqByRows = kBlockQ == 64 * kWarpgroups;
-  static constexpr bool kDqByCols = !kDqInTurn && !kDqByRows;
+  static constexpr bool kDqByCols = !kDqByRows;
   static_assert(kDqByRows ? kHeadDim == 64 : kBlockQ == 64 && kHeadDim <= 64 * kWarpgroups);
 
   using KvTile = SwizzledTile<T, kBlockKV, kHeadDim>;
@@ -37,7 +36,7 @@ struct BwdConfig {
   using Scores = AccTile<T, 16, kBlockQ>;
   using Weights = OperandTile<T, 16, kBlockQ>;
   using KvGrad = AccTile<T, 16, kHeadDim>;
-  using DqPart = AccTile<T, 16, kDqInTurn ? kHeadDim : 64>;
+  using DqPart = AccTile<T, 16, 64>;
 };
 
 // What must be known of a block of rows, see RowStats.
@@ -59,8 +58,8 @@ struct BwdShared {
   static constexpr int kRest = kDq + Config::kBlockQ * Config::kHeadDim * 4;
   struct Rest {
     Stats stats[Config::kQStages];
-    Place q[Config::kQStages], rows[Config::kQStages], grad_o[Config::kGradStages], dq;
-    Mbarrier kv, ds[2];
+    Place q[Config::kQStages], rows[Config::kQStages], grad_o[Config::kGradStages], ds[2], dq;
+    Mbarrier kv;
     BwdTask task;  // here, because registers are dear
   };
   static constexpr int kBytes = kRest + static_cast<int>(sizeof(Rest));
@@ -85,8 +84,8 @@ struct BwdShared {
     for (Place& place : rest().q) place.init(kWarps);
     for (Place& place : rest().rows) place.init(kWarps);
     for (Place& place : rest().grad_o) place.init(kWarps);
-    for (Mbarrier& ds : rest().ds) ds.init(kWarps);
-    rest().dq.full.init(Config::kDqInTurn ? 4 : kWarps), rest().dq.empty.init(1);
+    for (Place& place : rest().ds) place.full.init(kWarps), place.empty.init(kWarps);
+    rest().dq.full.init(kWarps), rest().dq.empty.init(1);
     rest().kv.init(2);
     Mbarrier::publish_init();
   }
@@ -248,7 +247,7 @@ class BwdCompute {
   const float scale;
   int block;       // of rows
   const int tail;  // the block that ends behind a packed sequence's last row
-  int flip;        // see BwdArgs::dq_paired
+  int flip, last_flip = 0;        // see BwdArgs::dq_paired
   int step = 0;    // blocks before this one
   RingPosition<Config::kQStages> q_at, next_q;
   RingPosition<Config::kGradStages> grad_at;
@@ -288,13 +287,10 @@ class BwdCompute {
     else start_ab(dk, shared.ds(step % 2), 64 * id, shared.q(q_at.stage));
     wgmma_commit();
   }
-  FX_DEVICE bool my_dq() const { return !Config::kDqInTurn || step % Config::kWarpgroups == id; }
-  FX_DEVICE void start_dq(DqPart& dq) {
-    if (my_dq()) {
-      wgmma_fence();
-      start_atb(dq, shared.ds(step % 2), Config::kDqByRows ? 64 * id : 0, shared.k(),
-                Config::kDqByCols ? 64 * id : 0);
-    }
+  FX_DEVICE void start_dq(DqPart& dq, int of_step) {
+    wgmma_fence();
+    start_atb(dq, shared.ds(of_step % 2), Config::kDqByRows ? 64 * id : 0, shared.k(),
+              Config::kDqByCols ? 64 * id : 0);
     wgmma_commit();
   }
 
@@ -343,8 +339,8 @@ class BwdCompute {
   }
 
   // Puts a part of dq where the copy engine finds it.
-  FX_DEVICE void hand_over(const DqPart& dq) {
-    rest.dq.wait_empty(step % 2);
+  FX_DEVICE void hand_over(const DqPart& dq, int of_step) {
+    rest.dq.wait_empty(of_step % 2);
     const int row0 = (Config::kDqByRows ? 64 * id : 0) + warp_row;
     const int col0 = Config::kDqByCols ? 64 * id : 0;
     float* first = shared.dq() + (row0 + dq.row(0, 0)) * kHeadDim + col0 +
@@ -353,7 +349,7 @@ class BwdCompute {
     for (int n = 0; n < static_cast<int>(std::size(dq.atom[0])); ++n) {
       if (Config::kDqByCols && kHeadDim % 64 && 16 * n >= kHeadDim - col0) continue;
       // Rows that are eight apart are both even or odd.
-      float* dst = n % 2 ? first - flip : first + flip;
+      float* dst = n % 2 ? first - last_flip : first + last_flip;
       const float* x = dq.atom[0][n].reg;
       *reinterpret_cast<float4*>(dst + 16 * n) = {x[0], x[1], x[4], x[5]};
       *reinterpret_cast<float4*>(dst + 16 * n + 8 * kHeadDim) = {x[2], x[3], x[6], x[7]};
@@ -369,42 +365,52 @@ class BwdCompute {
     return block == task.block_begin ? task.block_end - 1 : block - 1;
   }
 
-  // Products are issued before what they do not depend on: those of a block's dq and dk, and the next
-  // one's scores, run while dq is handed over and the next block's weights are computed; dv's runs
-  // while the scores' gradients are.
-  template <bool kMore>
+  // Products are issued before what they do not depend on, so that there is always one under way: dv's
+  // while the scores' gradients are computed, dk's and the next block's first two while dq is handed
+  // over and the next block's weights are computed. dq comes a block late: no warpgroup waits for the
+  // other's gradients, and while one computes, products of the other run.
+  template <bool kFirst, bool kMore>
   FX_DEVICE void one_block(KvGrad& dk, KvGrad& dv, Scores& s, Scores& dp, DqPart& dq) {
     Weights weights, ds;
     rest.rows[q_at.stage].wait_full(q_at.parity);
     weigh(s);
+    if constexpr (Config::kTile.apart && kFirst)
+      if (id == 0) barrier_arrive(4, kComputing);
     if constexpr (Config::kTile.early_dv) round(s, weights);
     wgmma_wait<0>();
     arrived(dk), arrived(dp);
     if (step > 0) rest.q[(q_at.stage + Config::kQStages - 1) % Config::kQStages].release();
     if constexpr (Config::kTile.early_dv) start_dv(dv, weights);
+    rest.ds[step % 2].wait_empty(step / 2 % 2);
     differentiate(dp, s, ds);
-    tell(rest.ds[step % 2]);
+    tell(rest.ds[step % 2].full);
     rest.rows[q_at.stage].release();
     if constexpr (!Config::kTile.early_dv) round(s, weights), start_dv(dv, weights);
+    if constexpr (!kFirst) {
+      rest.ds[(step - 1) % 2].wait_full((step - 1) / 2 % 2);
+      start_dq(dq, step - 1);
+    }
     const int next = next_block();
     if constexpr (kMore) start_scores(s, next);
-    rest.ds[step % 2].wait(step / 2 % 2);  // the gradients of both
-    start_dq(dq);
     start_dk(dk, ds);
-    wgmma_wait<2 + kMore>();
+    wgmma_wait<1 + kMore>();
     arrived(dv);
     rest.grad_o[grad_at.stage].release();
-    wgmma_wait<1>();
-    arrived(dq);
-    if constexpr (kMore) arrived(s);
-    if (my_dq()) hand_over(dq);
+    if constexpr (!kFirst) {
+      arrived(dq);
+      rest.ds[(step - 1) % 2].release();
+      hand_over(dq, step - 1);
+    }
     if constexpr (kMore) {
       grad_at.advance();
       block = next;
       start_gradients(dp);
     }
-    if (my_dq()) tell(rest.dq.full);
+    if constexpr (!kFirst) tell(rest.dq.full);
     if constexpr (kMore) {
+      wgmma_wait<2>();
+      arrived(s);
+      last_flip = flip;
       if (block == task.block_end - 1) flip ^= static_cast<int>(rows_of_head(p)) % 2 * kDqFlip;
       q_at = next_q, next_q.advance(), ++step;
     }
@@ -413,16 +419,27 @@ class BwdCompute {
   FX_DEVICE void all_blocks(KvGrad& dk, KvGrad& dv, int steps) {
     Scores s, dp;
     DqPart dq;
+    if (Config::kTile.apart && id == 1) barrier_wait(4, kComputing);
     start_scores(s, block);
     next_q.advance();
     start_gradients(dp);
     wgmma_wait<0>();
     arrived(s), arrived(dp);
+    if (steps == 1) {
+      one_block<true, false>(dk, dv, s, dp, dq);
+    } else {
+      one_block<true, true>(dk, dv, s, dp, dq);
 #pragma unroll 1
-    while (step + 1 < steps) one_block<true>(dk, dv, s, dp, dq);
-    one_block<false>(dk, dv, s, dp, dq);
+      while (step + 1 < steps) one_block<false, true>(dk, dv, s, dp, dq);
+      one_block<false, false>(dk, dv, s, dp, dq);
+    }
+    last_flip = flip;
+    rest.ds[step % 2].wait_full(step / 2 % 2);
+    start_dq(dq, step);
     wgmma_wait<0>();
-    arrived(dk);
+    arrived(dk), arrived(dq);
+    hand_over(dq, step);
+    tell(rest.dq.full);
   }
 
   // Rounds a warp's 16 rows, and writes them through shared memory.

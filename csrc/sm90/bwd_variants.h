@@ -13,7 +13,7 @@ struct BwdTile {
   int grad_stages;  // ... of grad_o
   bool early_dv;    // dv's product runs while the scores' gradients are computed
   bool ds_in_registers;
-  bool dq_in_turn = false;
+  bool apart = false;
 
   // A warpgroup has 64 keys, of which its registers hold dk and dv.
   static constexpr int warpgroups = 2, block_kv = 64 * warpgroups;
