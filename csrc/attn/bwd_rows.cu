@@ -122,6 +122,16 @@ constexpr unsigned threads_of_row(const AttnBwdParams& p) {
 }
 constexpr unsigned rows_of_block(const AttnBwdParams& p) { return kThreads / threads_of_row(p); }
 
+// Where the sums of eight columns of a row are.
+FX_DEVICE const float* sums_of(const BwdArgs& args, int64_t row, int col) {
+  if (!args.dq_paired)
+    return args.dq + row * args.dq_cols + (col ^ static_cast<int>(row % 4) * args.dq_flip);
+  const int in_panel = col % args.kDqPanel, first = col - in_panel;
+  const int cols = std::min<int>(args.dq_cols - first, args.kDqPanel);
+  const int flip = static_cast<int>(row % 2) * dq_flip(cols);
+  return args.dq + args.rows * first + row * cols + (in_panel ^ flip);
+}
+
 // BwdArgs::dq_paired: two neighbouring lanes read the sums of 16 columns, eight of them each, and then
 // exchange half, so that each has eight neighbouring columns.
 FX_DEVICE void exchange_pairs(float* x, bool second) {
@@ -143,8 +153,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const BwdArgs args) {
   const int col = static_cast<int>(threadIdx.x % threads) * 8;
   const Row row(p, std::min<unsigned>(index, rows - 1));  // all lanes take part in the exchange
   const int64_t from = row.of_group(args);
-  const int flip = static_cast<int>(from % (args.dq_paired ? 2 : 4)) * args.dq_flip;
-  const float* src = args.dq + from * args.dq_cols + (col ^ flip);
+  const float* src = sums_of(args, from, col);
   float x[8] = {};
   if (col < args.dq_cols)
     for (int i = 0; i < 8; i += 4)

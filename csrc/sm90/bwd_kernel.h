@@ -25,10 +25,11 @@ struct BwdConfig {
   static constexpr int kHeadDim = kDim, kBlockQ = kTile.block_q, kBlockKV = kTile.block_kv;
   static constexpr int kWarpgroups = kTile.warpgroups, kThreads = (kWarpgroups + 1) * kWarpgroup;
   static constexpr int kQStages = kTile.q_stages, kGradStages = kTile.grad_stages;
-  // The warpgroups divide dq's rows where a block has 64 for each, else its columns.
+  // The warpgroups divide dq's rows where a block has 64 for each, else its columns: 64 of them and the
+  // rest.
   static constexpr bool kDqByRows = kBlockQ == 64 * kWarpgroups;
-  static constexpr bool kDqByCols = !kDqByRows;
-  static_assert(kDqByRows ? kHeadDim == 64 : kBlockQ == 64 && kHeadDim <= 64 * kWarpgroups);
+  static_assert(kDqByRows ? kHeadDim == 64 : kBlockQ == 64 && kHeadDim > 64 && kHeadDim <= 128);
+  static constexpr int kLastDqCols = kDqByRows ? 64 : kHeadDim - 64;
 
   using KvTile = SwizzledTile<T, kBlockKV, kHeadDim>;
   using QTile = SwizzledTile<T, kBlockQ, kHeadDim>;
@@ -37,6 +38,13 @@ struct BwdConfig {
   using Weights = OperandTile<T, 16, kBlockQ>;
   using KvGrad = AccTile<T, 16, kHeadDim>;
   using DqPart = AccTile<T, 16, 64>;
+
+  // The rows and columns of the id-th warpgroup's part of a block's dq.
+  FX_DEVICE static int dq_row(int id) { return kDqByRows ? 64 * id : 0; }
+  FX_DEVICE static int dq_col(int id) { return kDqByRows ? 0 : 64 * id; }
+  FX_DEVICE static int dq_cols(int id) {
+    return kLastDqCols == 64 || id == 0 ? 64 : kLastDqCols;
+  }
 };
 
 // What must be known of a block of rows, see RowStats.
@@ -57,8 +65,8 @@ struct BwdShared {
   static constexpr int kDq = kDs + 2 * DsTile::kBytes;
   static constexpr int kRest = kDq + Config::kBlockQ * Config::kHeadDim * 4;
   struct Rest {
-    Stats stats[Config::kQStages];
-    Place q[Config::kQStages], rows[Config::kQStages], grad_o[Config::kGradStages], ds[2], dq;
+    Stats stats[2];
+    Place q[Config::kQStages], rows[2], grad_o[Config::kGradStages], ds[2], dq[Config::kWarpgroups];
     Mbarrier kv;
     BwdTask task;  // here, because registers are dear
   };
@@ -77,7 +85,7 @@ struct BwdShared {
   FX_DEVICE DsTile ds(int i) const {
     return {reinterpret_cast<T*>(base + kDs + i * DsTile::kBytes)};
   }
-  FX_DEVICE float* dq() const { return reinterpret_cast<float*>(base + kDq); }
+  FX_DEVICE float* dq(int id) const { return reinterpret_cast<float*>(base + kDq) + id * 64 * 64; }
 
   FX_DEVICE void init() const {
     constexpr int kWarps = Config::kWarpgroups * kWarpgroup / kWarpSize;
@@ -85,19 +93,20 @@ struct BwdShared {
     for (Place& place : rest().rows) place.init(kWarps);
     for (Place& place : rest().grad_o) place.init(kWarps);
     for (Place& place : rest().ds) place.full.init(kWarps), place.empty.init(kWarps);
-    rest().dq.full.init(kWarps), rest().dq.empty.init(1);
+    for (Place& place : rest().dq) place.full.init(4), place.empty.init(1);
     rest().kv.init(2);
     Mbarrier::publish_init();
   }
 };
 
-// The blocks of rows in their order: of each head from the last to the first.
+// The blocks of rows in their order: from the last to the first, each of all heads. So thread blocks
+// that take turns follow each other under a causal mask, too, where the first has many more rows.
 template <typename F>
 FX_DEVICE void for_each_block(const BwdArgs& args, const BwdTask& task, F f) {
 #pragma unroll 1
-  for (int head = 0; head < args.heads_of_group; ++head)
+  for (int block = task.block_end - 1; block >= task.block_begin; --block)
 #pragma unroll 1
-    for (int block = task.block_end - 1; block >= task.block_begin; --block) f(head, block);
+    for (int head = 0; head < args.heads_of_group; ++head) f(head, block);
 }
 
 // Index of the first row of the head-th query head, in BwdArgs::stats and dq.
@@ -134,7 +143,7 @@ FX_DEVICE void load(const BwdArgs& args, const BwdTask& task, BwdShared<Config> 
 template <typename Config>
 FX_DEVICE void load_stats(const BwdArgs& args, const BwdTask& task, BwdShared<Config> shared) {
   constexpr int kCount = Config::kBlockQ / kWarpSize;
-  RingPosition<Config::kQStages> at;
+  RingPosition<2> at;
   for_each_block(args, task, [&](int head, int block) {
     const RowStats* first = args.stats + first_row_of(args, task, head);
     RowStats x[kCount];
@@ -157,27 +166,31 @@ FX_DEVICE void load_stats(const BwdArgs& args, const BwdTask& task, BwdShared<Co
   });
 }
 
-// One thread: has dq added to the sums. In deterministic mode blocks of keys take turns, in their
-// order; a thread block only waits for such that were started before it.
-template <typename Config>
+// One thread for each warpgroup: has its part of dq added to the sums. In deterministic mode blocks of
+// keys take turns, in their order; a thread block only waits for such that were started before it.
+template <int id, typename Config>
 FX_DEVICE void add_dq(const BwdArgs& args, const BwdTask& task, BwdShared<Config> shared) {
-  constexpr int kBlockQ = Config::kBlockQ, kHeadDim = Config::kHeadDim;
+  constexpr int kBlockQ = Config::kBlockQ;
+  const int cols = Config::dq_cols(id);
+  float* panel = args.dq + args.rows * Config::dq_col(id);
   unsigned parity = 0;
   for_each_block(args, task, [&](int head, int block) {
-    Place& place = shared.rest().dq;
-    const int row0 = block * kBlockQ, rows = std::min(task.rows - row0, kBlockQ);
+    Place& place = shared.rest().dq[id];
+    const int row0 = block * kBlockQ + Config::dq_row(id), rows = std::min(task.rows - row0, 64);
     int* counter = nullptr;
     int turn = 0;
     if (args.turns) {
-      counter = args.turns + (int64_t{task.group} + head) * args.blocks_q + block;
-      // All from the first that its first row sees come before.
-      turn = task.key0 / Config::kBlockKV - std::max(row0 - task.left, 0) / Config::kBlockKV;
+      const int64_t of_block = (int64_t{task.group} + head) * args.blocks_q + block;
+      counter = args.turns + of_block * args.turn_parts + id;
+      // All from the first that the block's first row sees come before.
+      turn = task.key0 / Config::kBlockKV -
+             std::max(block * kBlockQ - task.left, 0) / Config::kBlockKV;
     }
     place.wait_full(parity);
     if (args.turns)
       while (load_acquire(counter) != turn) {}
-    add_async(args.dq + (first_row_of(args, task, head) + row0) * kHeadDim, shared.dq(),
-              rows * kHeadDim);
+    if (rows > 0)
+      add_async(panel + (first_row_of(args, task, head) + row0) * cols, shared.dq(id), rows * cols);
     wait_add_async_read();
     place.empty.arrive();
     if (args.turns) {
@@ -208,7 +221,7 @@ class BwdCompute {
   using KvGrad = typename Config::KvGrad;
   using DqPart = typename Config::DqPart;
   static constexpr int kBlockKV = Config::kBlockKV, kBlockQ = Config::kBlockQ;
-  static constexpr int kHeadDim = Config::kHeadDim, kDqFlip = dq_flip(kHeadDim);
+  static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kComputing = Config::kWarpgroups * kWarpgroup;
 
  public:
@@ -216,8 +229,7 @@ class BwdCompute {
       : args(args), p(args.params), task(task), shared(shared), rest(shared.rest()), id(id),
         warp_row(uniform(static_cast<int>(warp_id()) % 4) * 16),
         scale(static_cast<float>(p.scale) * kLog2e), block(task.block_end - 1),
-        tail(p.cu_seqlens_q && task.rows % kBlockQ ? task.rows / kBlockQ : -1),
-        flip((static_cast<int>(task.first_row) + static_cast<int>(lane_id()) / 4) % 2 * kDqFlip) {}
+        tail(p.cu_seqlens_q && task.rows % kBlockQ ? task.rows / kBlockQ : -1) {}
 
   FX_DEVICE void run() {
     KvGrad dk, dv;
@@ -247,9 +259,10 @@ class BwdCompute {
   const float scale;
   int block;       // of rows
   const int tail;  // the block that ends behind a packed sequence's last row
-  int flip, last_flip = 0;        // see BwdArgs::dq_paired
-  int step = 0;    // blocks before this one
+  int head = 0, last_head = 0;
+  int step = 0;  // blocks before this one
   RingPosition<Config::kQStages> q_at, next_q;
+  int last_q = 0;  // the stage of the block before
   RingPosition<Config::kGradStages> grad_at;
 
   FX_DEVICE void all_there() { barrier_wait(1, kComputing); }
@@ -287,10 +300,9 @@ class BwdCompute {
     else start_ab(dk, shared.ds(step % 2), 64 * id, shared.q(q_at.stage));
     wgmma_commit();
   }
-  FX_DEVICE void start_dq(DqPart& dq, int of_step) {
+  FX_DEVICE void start_dq(DqPart& dq, int of_step) {  // dq = ds^T k
     wgmma_fence();
-    start_atb(dq, shared.ds(of_step % 2), Config::kDqByRows ? 64 * id : 0, shared.k(),
-              Config::kDqByCols ? 64 * id : 0);
+    start_atb(dq, shared.ds(of_step % 2), Config::dq_row(id), shared.k(), Config::dq_col(id));
     wgmma_commit();
   }
 
@@ -311,7 +323,7 @@ class BwdCompute {
 
   // Scores become weights.
   FX_DEVICE void weigh(Scores& s) {
-    with_columns(s, rest.stats[q_at.stage].lse,
+    with_columns(s, rest.stats[step % 2].lse,
                  [&](float& x, int, int, float lse) { x = fast_exp2(fmaf(x, scale, -lse)); });
     if (block >= task.whole_begin && block < task.whole_end) return;
     int begin[2], end[2];  // the rows that see a key
@@ -331,38 +343,35 @@ class BwdCompute {
   }
   // The gradients of scores, to registers and shared memory.
   FX_DEVICE void differentiate(Scores& dp, const Scores& weights, Weights& ds) {
-    with_columns(dp, rest.stats[q_at.stage].delta, [&](float& x, int n, int i, float delta) {
+    with_columns(dp, rest.stats[step % 2].delta, [&](float& x, int n, int i, float delta) {
       x = weights.atom[0][n].reg[i] * (x - delta);
     });
     round(dp, ds);
     store_operand(ds, shared.ds(step % 2), 64 * id + warp_row);
   }
 
-  // Puts a part of dq where the copy engine finds it.
+  // Puts a part of dq, of the head last_head, where the copy engine finds it.
   FX_DEVICE void hand_over(const DqPart& dq, int of_step) {
-    rest.dq.wait_empty(of_step % 2);
-    const int row0 = (Config::kDqByRows ? 64 * id : 0) + warp_row;
-    const int col0 = Config::kDqByCols ? 64 * id : 0;
-    float* first = shared.dq() + (row0 + dq.row(0, 0)) * kHeadDim + col0 +
+    rest.dq[id].wait_empty(of_step % 2);
+    const int dq_cols = Config::dq_cols(id);
+    // A lane's rows all are even or all are odd.
+    const int row = static_cast<int>(first_row_of(args, task, last_head)) + dq.row(0, 0);
+    const int flip = dq_flip(dq_cols) * (row & 1);
+    float* first = shared.dq(id) + (warp_row + dq.row(0, 0)) * dq_cols +
                    static_cast<int>(lane_id() % 4) * 4;
 #pragma unroll
-    for (int n = 0; n < static_cast<int>(std::size(dq.atom[0])); ++n) {
-      if (Config::kDqByCols && kHeadDim % 64 && 16 * n >= kHeadDim - col0) continue;
-      // Rows that are eight apart are both even or odd.
-      float* dst = n % 2 ? first - last_flip : first + last_flip;
+    for (int n = 0; n < 4; ++n) {
+      if (Config::kLastDqCols != 64 && 16 * n >= dq_cols) break;
+      float* dst = n % 2 ? first - flip : first + flip;
       const float* x = dq.atom[0][n].reg;
       *reinterpret_cast<float4*>(dst + 16 * n) = {x[0], x[1], x[4], x[5]};
-      *reinterpret_cast<float4*>(dst + 16 * n + 8 * kHeadDim) = {x[2], x[3], x[6], x[7]};
+      *reinterpret_cast<float4*>(dst + 16 * n + 8 * dq_cols) = {x[2], x[3], x[6], x[7]};
     }
   }
   FX_DEVICE void tell(Mbarrier& there) {
     ptx::fence_proxy_async();  // the copy engine and wgmma see what this warp wrote
     __syncwarp();              // all of it is there
     if (lane_id() == 0) there.arrive();
-  }
-
-  FX_DEVICE int next_block() const {
-    return block == task.block_begin ? task.block_end - 1 : block - 1;
   }
 
   // Products are issued before what they do not depend on, so that there is always one under way: dv's
@@ -372,27 +381,29 @@ class BwdCompute {
   template <bool kFirst, bool kMore>
   FX_DEVICE void one_block(KvGrad& dk, KvGrad& dv, Scores& s, Scores& dp, DqPart& dq) {
     Weights weights, ds;
-    rest.rows[q_at.stage].wait_full(q_at.parity);
+    rest.rows[step % 2].wait_full(step / 2 % 2);
     weigh(s);
-    if constexpr (Config::kTile.apart && kFirst)
-      if (id == 0) barrier_arrive(4, kComputing);
+    // Here and not earlier, because the fence in it waits for what was written.
+    if (!kFirst && step > 1) tell(rest.dq[id].full);
     if constexpr (Config::kTile.early_dv) round(s, weights);
     wgmma_wait<0>();
     arrived(dk), arrived(dp);
-    if (step > 0) rest.q[(q_at.stage + Config::kQStages - 1) % Config::kQStages].release();
+    if constexpr (!kFirst) rest.q[last_q].release();
     if constexpr (Config::kTile.early_dv) start_dv(dv, weights);
     rest.ds[step % 2].wait_empty(step / 2 % 2);
     differentiate(dp, s, ds);
-    tell(rest.ds[step % 2].full);
-    rest.rows[q_at.stage].release();
+    if constexpr (!Config::kTile.ds_in_registers) tell(rest.ds[step % 2].full);
+    rest.rows[step % 2].release();
     if constexpr (!Config::kTile.early_dv) round(s, weights), start_dv(dv, weights);
     if constexpr (!kFirst) {
       rest.ds[(step - 1) % 2].wait_full((step - 1) / 2 % 2);
       start_dq(dq, step - 1);
     }
-    const int next = next_block();
+    const bool last_of_heads = head + 1 == args.heads_of_group;
+    const int next = block - last_of_heads;
     if constexpr (kMore) start_scores(s, next);
     start_dk(dk, ds);
+    if constexpr (Config::kTile.ds_in_registers) tell(rest.ds[step % 2].full);
     wgmma_wait<1 + kMore>();
     arrived(dv);
     rest.grad_o[grad_at.stage].release();
@@ -401,25 +412,20 @@ class BwdCompute {
       rest.ds[(step - 1) % 2].release();
       hand_over(dq, step - 1);
     }
+    last_head = head;
     if constexpr (kMore) {
       grad_at.advance();
-      block = next;
+      block = next, head = last_of_heads ? 0 : head + 1;
       start_gradients(dp);
-    }
-    if constexpr (!kFirst) tell(rest.dq.full);
-    if constexpr (kMore) {
       wgmma_wait<2>();
       arrived(s);
-      last_flip = flip;
-      if (block == task.block_end - 1) flip ^= static_cast<int>(rows_of_head(p)) % 2 * kDqFlip;
-      q_at = next_q, next_q.advance(), ++step;
+      last_q = q_at.stage, q_at = next_q, next_q.advance(), ++step;
     }
   }
 
   FX_DEVICE void all_blocks(KvGrad& dk, KvGrad& dv, int steps) {
     Scores s, dp;
     DqPart dq;
-    if (Config::kTile.apart && id == 1) barrier_wait(4, kComputing);
     start_scores(s, block);
     next_q.advance();
     start_gradients(dp);
@@ -432,14 +438,14 @@ class BwdCompute {
 #pragma unroll 1
       while (step + 1 < steps) one_block<false, true>(dk, dv, s, dp, dq);
       one_block<false, false>(dk, dv, s, dp, dq);
+      tell(rest.dq[id].full);
     }
-    last_flip = flip;
     rest.ds[step % 2].wait_full(step / 2 % 2);
     start_dq(dq, step);
     wgmma_wait<0>();
     arrived(dk), arrived(dq);
     hand_over(dq, step);
-    tell(rest.dq.full);
+    tell(rest.dq[id].full);
   }
 
   // Rounds a warp's 16 rows, and writes them through shared memory.
@@ -483,7 +489,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int warp = uniform(static_cast<int>(warp_id()));
     if (warp == 0 && lane_id() == 0) load<Config>(args, task, shared);
     if (warp == 1) load_stats<Config>(args, task, shared);
-    if (warp == 2 && lane_id() == 0) add_dq<Config>(args, task, shared);
+    if (warp == 2 && lane_id() == 0) add_dq<0>(args, task, shared);
+    if (warp == 3 && lane_id() == 0) add_dq<1>(args, task, shared);
   } else {
     take_registers<Config::kTile.registers>();
     BwdCompute<Config>(args, task, shared, warpgroup - 1).run();

@@ -5,7 +5,7 @@
 namespace flash_ext::sm90 {
 
 // Products have these widths; others are filled up with zeros on the way to shared memory.
-inline constexpr int kBwdHeadDims[] = {64, 96, 128};
+inline constexpr int kBwdHeadDims[] = {64, 80, 96, 128};
 
 struct BwdTile {
   int block_q;      // query rows of a block
@@ -13,7 +13,6 @@ struct BwdTile {
   int grad_stages;  // ... of grad_o
   bool early_dv;    // dv's product runs while the scores' gradients are computed
   bool ds_in_registers;
-  bool apart = false;
 
   // A warpgroup has 64 keys, of which its registers hold dk and dv.
   static constexpr int warpgroups = 2, block_kv = 64 * warpgroups;
@@ -24,11 +23,9 @@ struct BwdTile {
 // Besides dk and dv registers hold, of a block of rows, weights and their gradients in float32 and in
 // 16 bits, and later half of dq.
 constexpr BwdTile bwd_tile(int head_dim) {
-  if (head_dim == 64) return {128, 3, 2, false, false};
-  return {64, 3, 2, true, false};
+  if (head_dim == 64) return {128, 3, 3, false, false};
+  return {64, 3, 3, true, head_dim < 128};
 }
 
-// BwdArgs::dq_flip: where rows are so wide that neighbours begin in the same bank.
-constexpr int dq_flip(int head_dim) { return head_dim % 32 == 0 ? 16 : 0; }
 
 }  // namespace flash_ext::sm90
