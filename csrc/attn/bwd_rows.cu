@@ -126,8 +126,9 @@ constexpr unsigned rows_of_block(const AttnBwdParams& p) { return kThreads / thr
 FX_DEVICE const float* sums_of(const BwdArgs& args, int64_t row, int col) {
   if (!args.dq_paired)
     return args.dq + row * args.dq_cols + (col ^ static_cast<int>(row % 4) * args.dq_flip);
-  const int in_panel = col % args.kDqPanel, first = col - in_panel;
-  const int cols = std::min<int>(args.dq_cols - first, args.kDqPanel);
+  constexpr int kPanel = BwdArgs::kDqPanel;
+  const int in_panel = col % kPanel, first = col - in_panel;
+  const int cols = std::min<int>(args.dq_cols - first, kPanel);
   const int flip = static_cast<int>(row % 2) * dq_flip(cols);
   return args.dq + args.rows * first + row * cols + (in_panel ^ flip);
 }

@@ -142,23 +142,27 @@ FX_DEVICE void load(const BwdArgs& args, const BwdTask& task, BwdShared<Config> 
 // One warp.
 template <typename Config>
 FX_DEVICE void load_stats(const BwdArgs& args, const BwdTask& task, BwdShared<Config> shared) {
-  constexpr int kCount = Config::kBlockQ / kWarpSize;
+  constexpr int kAtOnce = 2;
   RingPosition<2> at;
   for_each_block(args, task, [&](int head, int block) {
-    const RowStats* first = args.stats + first_row_of(args, task, head);
-    RowStats x[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int row = block * Config::kBlockQ + i * kWarpSize + static_cast<int>(lane_id());
-      x[i] = row < task.rows ? first[row] : RowStats{INFINITY, 0.f};
-    }
+    const RowStats* first = args.stats + first_row_of(args, task, head) + block * Config::kBlockQ;
+    const int rows = task.rows - block * Config::kBlockQ;
     Place& place = shared.rest().rows[at.stage];
     auto& stats = shared.rest().stats[at.stage];
-    place.wait_empty(at.parity);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int row = i * kWarpSize + static_cast<int>(lane_id());
-      stats.lse[row] = x[i].lse, stats.delta[row] = x[i].delta;
+    for (int row0 = 0; row0 < Config::kBlockQ; row0 += kAtOnce * kWarpSize) {
+      RowStats x[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int row = row0 + i * kWarpSize + static_cast<int>(lane_id());
+        x[i] = row < rows ? first[row] : RowStats{INFINITY, 0.f};
+      }
+      if (row0 == 0) place.wait_empty(at.parity);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int row = row0 + i * kWarpSize + static_cast<int>(lane_id());
+        stats.lse[row] = x[i].lse, stats.delta[row] = x[i].delta;
+      }
     }
     __syncwarp();  // all of it is there
     if (lane_id() == 0) place.full.arrive();
