@@ -60,12 +60,16 @@ struct Row {
   }
 };
 
+// The main kernel goes through heads from the first to the last. So here the first ones come last, whose
+// zeros then are in the L2 cache, and afterwards the last ones first, whose sums are.
+FX_DEVICE unsigned last_first() { return gridDim.x - 1 - blockIdx.x; }
+
 // args.rows rows in the order of lse.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) start_kernel(const BwdArgs args) {
   const AttnBwdParams& p = args.params;
   const unsigned rows = static_cast<unsigned>(args.rows);
-  const unsigned index = blockIdx.x * (kThreads / kLanesOfRow) + threadIdx.x / kLanesOfRow;
+  const unsigned index = last_first() * (kThreads / kLanesOfRow) + threadIdx.x / kLanesOfRow;
   const int lane = threadIdx.x % kLanesOfRow;
   const Row row(p, std::min<unsigned>(index, rows - 1));  // all lanes take part in the sum
   const T* o = static_cast<const T*>(p.o.data) + row.offset(p.o);
@@ -150,7 +154,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const BwdArgs args) {
   const AttnBwdParams& p = args.params;
   const unsigned rows = static_cast<unsigned>(args.rows), threads = threads_of_row(p);
   const unsigned in_block = threadIdx.x / threads;
-  const unsigned index = blockIdx.x * rows_of_block(p) + in_block;
+  const unsigned index = last_first() * rows_of_block(p) + in_block;
   const int col = static_cast<int>(threadIdx.x % threads) * 8;
   const Row row(p, std::min<unsigned>(index, rows - 1));  // all lanes take part in the exchange
   const int64_t from = row.of_group(args);

@@ -67,7 +67,7 @@ struct BwdShared {
   struct Rest {
     Stats stats[2];
     Place q[Config::kQStages], rows[2], grad_o[Config::kGradStages], ds[2], dq[Config::kWarpgroups];
-    Mbarrier kv;
+    Mbarrier k, v;
     BwdTask task;  // here, because registers are dear
   };
   static constexpr int kBytes = kRest + static_cast<int>(sizeof(Rest));
@@ -94,7 +94,7 @@ struct BwdShared {
     for (Place& place : rest().grad_o) place.init(kWarps);
     for (Place& place : rest().ds) place.full.init(kWarps), place.empty.init(kWarps);
     for (Place& place : rest().dq) place.full.init(4), place.empty.init(1);
-    rest().kv.init(2);
+    rest().k.init(1), rest().v.init(1);
     Mbarrier::publish_init();
   }
 };
@@ -123,8 +123,8 @@ FX_DEVICE void load(const BwdArgs& args, const BwdTask& task, BwdShared<Config> 
   auto& rest = shared.rest();
   const int batch = args.params.cu_seqlens_q ? 0 : task.batch;
   const Corner keys{static_cast<int>(task.first_k) + task.key0, task.kv_head, batch};
-  copy_tile(shared.k(), args.k_map, keys, rest.kv);
-  copy_tile(shared.v(), args.v_map, keys, rest.kv);
+  copy_tile(shared.k(), args.k_map, keys, rest.k);
+  bool first = true;
   RingPosition<Config::kQStages> q_at;
   RingPosition<Config::kGradStages> grad_at;
   for_each_block(args, task, [&](int head, int block) {
@@ -133,6 +133,7 @@ FX_DEVICE void load(const BwdArgs& args, const BwdTask& task, BwdShared<Config> 
     Place &q = rest.q[q_at.stage], &grad_o = rest.grad_o[grad_at.stage];
     q.wait_empty(q_at.parity);
     copy_tile(shared.q(q_at.stage), args.q_map, rows, q.full);
+    if (first) copy_tile(shared.v(), args.v_map, keys, rest.v), first = false;
     grad_o.wait_empty(grad_at.parity);
     copy_tile(shared.grad_o(grad_at.stage), args.grad_o_map, rows, grad_o.full);
     q_at.advance(), grad_at.advance();
@@ -238,14 +239,15 @@ class BwdCompute {
   FX_DEVICE void run() {
     KvGrad dk, dv;
     dk.clear(), dv.clear();
-    rest.kv.wait(0);
+    const int steps = args.heads_of_group * std::max(task.block_end - task.block_begin, 0);
+    rest.k.wait(0);
     if (const int left = task.seq_kv - task.key0; p.cu_seqlens_k && left < kBlockKV) {
+      if (steps > 0) rest.v.wait(0);
       const int index = static_cast<int>(threadIdx.x) - kWarpgroup;
       clear_rows(shared.k(), left, kBlockKV, index, kComputing);
       clear_rows(shared.v(), left, kBlockKV, index, kComputing);
       all_there();
     }
-    const int steps = args.heads_of_group * std::max(task.block_end - task.block_begin, 0);
     if (steps > 0) all_blocks(dk, dv, steps);
     dk.for_each([&](float& x, int, int, int) { x *= static_cast<float>(p.scale); });
     all_there();  // nobody reads k and v any more
@@ -396,7 +398,6 @@ class BwdCompute {
     if constexpr (Config::kTile.early_dv) start_dv(dv, weights);
     rest.ds[step % 2].wait_empty(step / 2 % 2);
     differentiate(dp, s, ds);
-    if constexpr (!Config::kTile.ds_in_registers) tell(rest.ds[step % 2].full);
     rest.rows[step % 2].release();
     if constexpr (!Config::kTile.early_dv) round(s, weights), start_dv(dv, weights);
     if constexpr (!kFirst) {
@@ -406,8 +407,12 @@ class BwdCompute {
     const bool last_of_heads = head + 1 == args.heads_of_group;
     const int next = block - last_of_heads;
     if constexpr (kMore) start_scores(s, next);
-    start_dk(dk, ds);
-    if constexpr (Config::kTile.ds_in_registers) tell(rest.ds[step % 2].full);
+    if constexpr (Config::kTile.ds_in_registers) start_dk(dk, ds);
+    tell(rest.ds[step % 2].full);
+    if constexpr (!Config::kTile.ds_in_registers) {
+      wait_for_warpgroup();  // the gradients of its keys are there
+      start_dk(dk, ds);
+    }
     wgmma_wait<1 + kMore>();
     arrived(dv);
     rest.grad_o[grad_at.stage].release();
@@ -432,6 +437,7 @@ class BwdCompute {
     DqPart dq;
     start_scores(s, block);
     next_q.advance();
+    rest.v.wait(0);
     start_gradients(dp);
     wgmma_wait<0>();
     arrived(s), arrived(dp);

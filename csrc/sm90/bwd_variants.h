@@ -23,8 +23,8 @@ struct BwdTile {
 // Besides dk and dv registers hold, of a block of rows, weights and their gradients in float32 and in
 // 16 bits, and later half of dq.
 constexpr BwdTile bwd_tile(int head_dim) {
-  if (head_dim == 64) return {128, 3, 3, false, false};
-  return {64, 3, 3, true, head_dim < 128};
+  if (head_dim == 64) return {128, 3, 2, false, false};
+  return {64, 3, 2, true, head_dim < 128};
 }
 
 
