@@ -1,9 +1,9 @@
 // The main backward kernel for Hopper: dk, dv and the float32 sums of dq, as attn/bwd_kernel.h has
 // them. Two warpgroups own 64 keys each, and query rows pass by in blocks; the scores are transposed,
 // [keys, rows], so that weights and their gradients are the left operands of dv and dk where they are,
-// in registers. Only dq, whose sum goes over the keys of both, needs the gradients in shared memory.
-// Of the other four warps one has the copy engine fill rings of q and grad_o, one puts what must be
-// known of rows beside them, and one has the engine add dq to its sums.
+// in registers. dq, whose sum goes over the keys of both, needs the gradients in shared memory. Of the
+// other four warps one has the copy engine fill rings of q and grad_o, one puts what must be known of
+// rows beside them, and two have the engine add the warpgroups' parts of dq to its sums.
 #pragma once
 #include "../attn/bwd_task.h"
 #include "../attn/element.h"
@@ -42,9 +42,7 @@ struct BwdConfig {
   // The rows and columns of the id-th warpgroup's part of a block's dq.
   FX_DEVICE static int dq_row(int id) { return kDqByRows ? 64 * id : 0; }
   FX_DEVICE static int dq_col(int id) { return kDqByRows ? 0 : 64 * id; }
-  FX_DEVICE static int dq_cols(int id) {
-    return kLastDqCols == 64 || id == 0 ? 64 : kLastDqCols;
-  }
+  FX_DEVICE static int dq_cols(int id) { return kLastDqCols == 64 || id == 0 ? 64 : kLastDqCols; }
 };
 
 // What must be known of a block of rows, see RowStats.
@@ -65,7 +63,7 @@ struct BwdShared {
   static constexpr int kDq = kDs + 2 * DsTile::kBytes;
   static constexpr int kRest = kDq + Config::kBlockQ * Config::kHeadDim * 4;
   struct Rest {
-    Stats stats[2];
+    Stats stats[2];  // like the gradients: of the blocks in turn
     Place q[Config::kQStages], rows[2], grad_o[Config::kGradStages], ds[2], dq[Config::kWarpgroups];
     Mbarrier k, v;
     BwdTask task;  // here, because registers are dear
@@ -124,7 +122,7 @@ FX_DEVICE void load(const BwdArgs& args, const BwdTask& task, BwdShared<Config> 
   const int batch = args.params.cu_seqlens_q ? 0 : task.batch;
   const Corner keys{static_cast<int>(task.first_k) + task.key0, task.kv_head, batch};
   copy_tile(shared.k(), args.k_map, keys, rest.k);
-  bool first = true;
+  bool has_v = false;
   RingPosition<Config::kQStages> q_at;
   RingPosition<Config::kGradStages> grad_at;
   for_each_block(args, task, [&](int head, int block) {
@@ -133,7 +131,7 @@ FX_DEVICE void load(const BwdArgs& args, const BwdTask& task, BwdShared<Config> 
     Place &q = rest.q[q_at.stage], &grad_o = rest.grad_o[grad_at.stage];
     q.wait_empty(q_at.parity);
     copy_tile(shared.q(q_at.stage), args.q_map, rows, q.full);
-    if (first) copy_tile(shared.v(), args.v_map, keys, rest.v), first = false;
+    if (!has_v) copy_tile(shared.v(), args.v_map, keys, rest.v), has_v = true;
     grad_o.wait_empty(grad_at.parity);
     copy_tile(shared.grad_o(grad_at.stage), args.grad_o_map, rows, grad_o.full);
     q_at.advance(), grad_at.advance();
@@ -143,7 +141,7 @@ FX_DEVICE void load(const BwdArgs& args, const BwdTask& task, BwdShared<Config> 
 // One warp.
 template <typename Config>
 FX_DEVICE void load_stats(const BwdArgs& args, const BwdTask& task, BwdShared<Config> shared) {
-  constexpr int kAtOnce = 2;
+  constexpr int kAtOnce = 2;  // registers are few here, too
   RingPosition<2> at;
   for_each_block(args, task, [&](int head, int block) {
     const RowStats* first = args.stats + first_row_of(args, task, head) + block * Config::kBlockQ;
@@ -171,8 +169,9 @@ FX_DEVICE void load_stats(const BwdArgs& args, const BwdTask& task, BwdShared<Co
   });
 }
 
-// One thread for each warpgroup: has its part of dq added to the sums. In deterministic mode blocks of
-// keys take turns, in their order; a thread block only waits for such that were started before it.
+// One thread for each warpgroup: has its part of dq added to the sums, see BwdArgs::dq_paired. In
+// deterministic mode blocks of keys take turns, in their order; a thread block only waits for such that
+// were started before it.
 template <int id, typename Config>
 FX_DEVICE void add_dq(const BwdArgs& args, const BwdTask& task, BwdShared<Config> shared) {
   constexpr int kBlockQ = Config::kBlockQ;
@@ -263,12 +262,12 @@ class BwdCompute {
   typename BwdShared<Config>::Rest& rest;
   const int id, warp_row;
   const float scale;
-  int block;       // of rows
+  // Of this block of rows, of the one before and of the next one.
+  int block, head = 0, last_head = 0;
   const int tail;  // the block that ends behind a packed sequence's last row
-  int head = 0, last_head = 0;
-  int step = 0;  // blocks before this one
+  int step = 0;    // blocks before this one
   RingPosition<Config::kQStages> q_at, next_q;
-  int last_q = 0;  // the stage of the block before
+  int last_q = 0;  // a stage
   RingPosition<Config::kGradStages> grad_at;
 
   FX_DEVICE void all_there() { barrier_wait(1, kComputing); }
@@ -363,8 +362,8 @@ class BwdCompute {
     // A lane's rows all are even or all are odd.
     const int row = static_cast<int>(first_row_of(args, task, last_head)) + dq.row(0, 0);
     const int flip = dq_flip(dq_cols) * (row & 1);
-    float* first = shared.dq(id) + (warp_row + dq.row(0, 0)) * dq_cols +
-                   static_cast<int>(lane_id() % 4) * 4;
+    float* first =
+        shared.dq(id) + (warp_row + dq.row(0, 0)) * dq_cols + static_cast<int>(lane_id() % 4) * 4;
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       if (Config::kLastDqCols != 64 && 16 * n >= dq_cols) break;
@@ -380,37 +379,38 @@ class BwdCompute {
     if (lane_id() == 0) there.arrive();
   }
 
-  // Products are issued before what they do not depend on, so that there is always one under way: dv's
-  // while the scores' gradients are computed, dk's and the next block's first two while dq is handed
-  // over and the next block's weights are computed. dq comes a block late: no warpgroup waits for the
-  // other's gradients, and while one computes, products of the other run.
+  // A block, whose scores are there and whose v grad_o^T is under way. Products are issued before what
+  // they do not depend on: dv's runs while the scores' gradients are computed (where registers allow),
+  // dk's and the next block's two first ones while dq is handed over and the next weights are computed.
+  // dq is that of the block before: no warpgroup waits for the other's gradients, and while one computes,
+  // products of the other run.
   template <bool kFirst, bool kMore>
   FX_DEVICE void one_block(KvGrad& dk, KvGrad& dv, Scores& s, Scores& dp, DqPart& dq) {
     Weights weights, ds;
     rest.rows[step % 2].wait_full(step / 2 % 2);
     weigh(s);
-    // Here and not earlier, because the fence in it waits for what was written.
+    // So late because the fence in it waits for what was written.
     if (!kFirst && step > 1) tell(rest.dq[id].full);
     if constexpr (Config::kTile.early_dv) round(s, weights);
     wgmma_wait<0>();
     arrived(dk), arrived(dp);
-    if constexpr (!kFirst) rest.q[last_q].release();
+    if constexpr (!kFirst) rest.q[last_q].release();  // dk's product was the last to read it
     if constexpr (Config::kTile.early_dv) start_dv(dv, weights);
-    rest.ds[step % 2].wait_empty(step / 2 % 2);
+    rest.ds[step % 2].wait_empty(step / 2 % 2);  // nobody reads the last but one any more
     differentiate(dp, s, ds);
     rest.rows[step % 2].release();
     if constexpr (!Config::kTile.early_dv) round(s, weights), start_dv(dv, weights);
     if constexpr (!kFirst) {
-      rest.ds[(step - 1) % 2].wait_full((step - 1) / 2 % 2);
+      rest.ds[(step - 1) % 2].wait_full((step - 1) / 2 % 2);  // the gradients of both
       start_dq(dq, step - 1);
     }
     const bool last_of_heads = head + 1 == args.heads_of_group;
     const int next = block - last_of_heads;
     if constexpr (kMore) start_scores(s, next);
     if constexpr (Config::kTile.ds_in_registers) start_dk(dk, ds);
-    tell(rest.ds[step % 2].full);
+    tell(rest.ds[step % 2].full);  // its fence waits while products run
     if constexpr (!Config::kTile.ds_in_registers) {
-      wait_for_warpgroup();  // the gradients of its keys are there
+      wait_for_warpgroup();  // the gradients of its own keys are there
       start_dk(dk, ds);
     }
     wgmma_wait<1 + kMore>();
@@ -439,7 +439,8 @@ class BwdCompute {
     next_q.advance();
     rest.v.wait(0);
     start_gradients(dp);
-    wgmma_wait<0>();
+    wgmma_wait<
+        0>();  // else the compiler puts dk's zeros between products and serialises all of them
     arrived(s), arrived(dp);
     if (steps == 1) {
       one_block<true, false>(dk, dv, s, dp, dq);
