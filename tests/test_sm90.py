@@ -233,7 +233,7 @@ def test_gradients_of_value_head_dim(head_dim, head_dim_v):
     check(Case("value", 2, 4, 2, 200, 300, head_dim, head_dim_v), torch.bfloat16, "cuda", "sm90")
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 def test_gradients_of_windows(head_dim):
     for window in ((-1, 100), (300, -1), (200, 40), (0, 300), (0, 0)):
         for causal_align in ("bottom_right", "top_left"):
@@ -241,7 +241,7 @@ def test_gradients_of_windows(head_dim):
             check(case, torch.bfloat16, "cuda", "sm90")
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 def test_gradients_of_packed_sequences(head_dim):
     for is_causal in (False, True):
         case = Case(
@@ -251,7 +251,7 @@ def test_gradients_of_packed_sequences(head_dim):
         check(case, torch.bfloat16, "cuda", "sm90")
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_gradients_of_many_blocks(head_dim, is_causal):
     """Against the portable kernels, and in deterministic mode bit for bit the same."""

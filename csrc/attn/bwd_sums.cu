@@ -41,7 +41,7 @@ int64_t BwdSums::turns() const {
   if (!takes_turns) return 0;
   const int64_t groups =
       args.params.batch * args.params.heads_q / std::max<int64_t>(args.pack.by, 1);
-  return ceil_div(groups * args.blocks_q, 2) * 2;
+  return ceil_div(groups * args.blocks_q * args.turn_parts, 2) * 2;
 }
 
 int64_t BwdSums::scratch_floats() const { return dq_floats() + turns() + 2 * args.rows; }

@@ -15,6 +15,7 @@ template <DType kDType>
 BwdLauncher launcher_of_dtype(int head_dim) {
   switch (head_dim) {
     case 64: return launch_main<kDType, 64>;
+    case 80: return launch_main<kDType, 80>;
     case 96: return launch_main<kDType, 96>;
     default: return launch_main<kDType, 128>;
   }
@@ -64,7 +65,8 @@ BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic
   args.groups = p.batch * p.heads_kv;
   args.rows = p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;
   args.dq_cols = plan.head_dim;
-  args.dq_flip = 8;
+  args.dq_paired = true;
+  args.turn_parts = BwdTile::warpgroups;
   args.blocks_q =
       static_cast<int>(ceil_div(p.seq_q, bwd_tile(plan.head_dim, plan.options).block_q));
   args.groups_at_once = groups_at_once(args, gpu, gpu.multiprocessors);
