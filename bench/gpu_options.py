@@ -51,8 +51,10 @@ def inputs(case):
     return option, mask, slopes
 
 
-def flash_ext_call(backend, case, q, k, v):
-    option, mask, slopes = inputs(case)
+def flash_ext_call(backend, case, q, k, v, mask=None):
+    """mask: instead of the case's own."""
+    option, own_mask, slopes = inputs(case)
+    mask = own_mask if mask is None else mask
     options = {
         "alibi": dict(alibi_slopes=slopes),
         "softcap": dict(softcap=SOFTCAP),
@@ -62,9 +64,10 @@ def flash_ext_call(backend, case, q, k, v):
     return partial(flash_ext.attn, q, k, v, is_causal=case.is_causal, backend=backend, **options)
 
 
-def sdpa_call(backend, case, q, k, v):
+def sdpa_call(backend, case, q, k, v, mask=None):
     """None where it would need another algorithm. ALiBi and windows are a mask, stored for all heads that differ."""
-    option, mask, slopes = inputs(case)
+    option, own_mask, slopes = inputs(case)
+    mask = own_mask if mask is None else mask
     if option == "softcap":
         return None
     distance = torch.arange(case.seq_q, device="cuda")[:, None] - torch.arange(case.seq_kv, device="cuda")
@@ -80,9 +83,10 @@ def sdpa_call(backend, case, q, k, v):
     return call
 
 
-def flex_call(case, q, k, v):
+def flex_call(case, q, k, v, mask=None):
     """None for dropout, which it does not have."""
-    option, mask, slopes = inputs(case)
+    option, own_mask, slopes = inputs(case)
+    mask = own_mask if mask is None else mask
     if option == "dropout":
         return None
 

@@ -31,15 +31,19 @@ def hopper():
         for deterministic in (False, True):
             step(*tensors(head_dim, torch.bfloat16, 300, 400), "sm90", is_causal=True, deterministic=deterministic)
         step(*tensors(head_dim, torch.bfloat16, 300, 300, heads_kv=2), "sm90", window=(60, 20))
+        options = dict(softcap=3.0, alibi_slopes=torch.ones(2, device="cuda"))
+        for seq_kv in (496, 500, 431):  # whose mask can be read in eights, in pairs, and not
+            for dtype in (torch.bfloat16, torch.float32):
+                mask = torch.randn(400, seq_kv, device="cuda", dtype=dtype, requires_grad=True)
+                q, k, v = tensors(head_dim, torch.bfloat16, 400, seq_kv)
+                for dropout_p in (0.0, 0.2):
+                    step(q, k, v, "sm90", attn_mask=mask, dropout_p=dropout_p, **options)
+            step(q, k, v, "sm90", attn_mask=mask > 0)
         with torch.no_grad():
             q, k, v = tensors(head_dim, torch.bfloat16, 400, 500)
             flash_ext.attn(q, k, v, is_causal=True, sinks=torch.zeros(2, device="cuda"), backend="sm90")
             flash_ext.attn(q, k, v, window=(100, 20), backend="sm90")
             flash_ext.attn(*tensors(head_dim - 8, torch.bfloat16, 300, 70), backend="sm90")
-            options = dict(softcap=3.0, dropout_p=0.2, alibi_slopes=torch.ones(2, device="cuda"))
-            for seq_kv in (500, 431):  # whose mask can be read in pairs, and not
-                mask = torch.randn(400, seq_kv, device="cuda", dtype=torch.bfloat16)
-                flash_ext.attn(q, k[:, :, :seq_kv], v[:, :, :seq_kv], attn_mask=mask, **options, backend="sm90")
             q, k, v = (torch.randn(700, 2, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
             starts = torch.tensor([0, 200, 203, 700], device="cuda", dtype=torch.int32)
             flash_ext.attn_varlen(q, k, v, starts, starts, 497, 497, is_causal=True, backend="sm90")

@@ -8,22 +8,10 @@
 #include "plan.h"
 
 namespace flash_ext {
-namespace {
-
-// Whether several products add to one element of dmask.
-bool dmask_is_shared(const AttnBwdParams& p) {
-  return p.dmask &&
-         ((p.dmask_batch_stride == 0 && p.batch > 1) ||
-          (p.dmask_head_stride == 0 && p.heads_q > 1) || (p.dmask_q_stride == 0 && p.seq_q > 1) ||
-          (p.dmask_kv_stride == 0 && p.seq_kv > 1));
-}
-
-}  // namespace
 
 BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic) {
   const int head_dim = head_dim_of_kernel(p);
-  FX_CHECK(!deterministic || !dmask_is_shared(p),
-           "deterministic: the gradient of a broadcast attn_mask is not, on a GPU");
+  check_deterministic(p, deterministic);
   const int64_t pack = p.heads_q / std::max<int64_t>(p.heads_kv, 1);
 
   BwdPlan plan{{{p}}, {p.dtype, head_dim, needs_general(p, {p.q, p.k, p.v, p.grad_o, p.dk, p.dv})}};

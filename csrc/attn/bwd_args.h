@@ -11,6 +11,9 @@ struct RowStats {
   float delta;  // sum of grad_o * o, less the gradient of lse
 };
 
+// What BwdArgs::dq_paired changes in the places of a row of a panel, where it is wide enough.
+constexpr int dq_flip(int panel_cols) { return panel_cols % 32 == 0 ? 16 : 0; }
+
 struct BwdArgs {
   AttnBwdParams params;
   Divisor pack;        // heads whose rows are packed, see RowGroup: all that share a KV head, or 1
@@ -25,11 +28,18 @@ struct BwdArgs {
   // Column c of row r of a sum lies at c ^ (r % 4 * dq_flip): 8 where sums go through shared
   // memory, where it keeps rows in different banks; else 0.
   int dq_flip = 0;
+  // Hopper's order: panels of 64 columns, and the last of what is left, one behind the other. Of 16
+  // columns of a row, 2t and 2t + 1 and those that are eight on lie together, at 4t; in odd rows
+  // sixteens change places with their neighbours.
+  bool dq_paired = false;
+  static constexpr int kDqPanel = 64;
 
-  // Where results must repeat bit for bit: [groups, blocks_q], how many blocks of keys have added to
-  // the dq of a block of rows; they do so in their order. Null: whenever they have something.
+  // Where results must repeat bit for bit: [groups, blocks_q, turn_parts], how many blocks of keys have
+  // added to a part of the dq of a block of rows; they do so in their order. Null: whenever they have
+  // something.
   int* turns = nullptr;
   int blocks_q = 0;  // blocks of rows that the longest sequence fills
+  int turn_parts = 1;
 
   // Index of the first row of a sequence's packed heads, the heads_of-th `pack` ones; first_q is where
   // the sequence starts in packed tensors.

@@ -46,10 +46,10 @@ struct Eight {
 struct Row {
   int64_t batch, head, query;  // packed: batch 0, and query counts in all sequences
 
-  FX_DEVICE Row(const AttnParams& p, int64_t index) {
-    const int64_t queries = p.cu_seqlens_q ? p.lse_head_stride : p.seq_q;
-    query = index % queries, head = index / queries % p.heads_q;
-    batch = index / queries / p.heads_q;
+  FX_DEVICE Row(const AttnParams& p, unsigned index) {
+    const unsigned queries = static_cast<unsigned>(p.cu_seqlens_q ? p.lse_head_stride : p.seq_q);
+    const unsigned heads = static_cast<unsigned>(p.heads_q), heads_before = index / queries;
+    query = index % queries, head = heads_before % heads, batch = heads_before / heads;
   }
   FX_DEVICE int64_t offset(const TensorView& t) const {
     return batch * t.batch_stride + head * t.head_stride + query * t.seq_stride;
@@ -60,13 +60,18 @@ struct Row {
   }
 };
 
+// The main kernel goes through heads from the first to the last. So here the first ones come last, whose
+// zeros then are in the L2 cache, and afterwards the last ones first, whose sums are.
+FX_DEVICE unsigned last_first() { return gridDim.x - 1 - blockIdx.x; }
+
 // args.rows rows in the order of lse.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) start_kernel(const BwdArgs args) {
   const AttnBwdParams& p = args.params;
-  const int64_t index = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kLanesOfRow;
+  const unsigned rows = static_cast<unsigned>(args.rows);
+  const unsigned index = last_first() * (kThreads / kLanesOfRow) + threadIdx.x / kLanesOfRow;
   const int lane = threadIdx.x % kLanesOfRow;
-  const Row row(p, std::min<int64_t>(index, args.rows - 1));  // all lanes take part in the sum
+  const Row row(p, std::min<unsigned>(index, rows - 1));  // all lanes take part in the sum
   const T* o = static_cast<const T*>(p.o.data) + row.offset(p.o);
   const T* grad_o = static_cast<const T*>(p.grad_o.data) + row.offset(p.grad_o);
   const int cols = static_cast<int>(p.head_dim_v);
@@ -79,7 +84,7 @@ __global__ void __launch_bounds__(kThreads) start_kernel(const BwdArgs args) {
     for (int i = 0; i < 8; ++i) sum += to_float(x.value[i]) * to_float(y.value[i]);
   }
   for (int mask = 1; mask < kLanesOfRow; mask *= 2) sum += shuffle_xor(sum, mask);
-  if (index >= args.rows) return;
+  if (index >= rows) return;
   const int64_t at = row.of_group(args);
   for (int col = 4 * lane; col < args.dq_cols; col += 4 * kLanesOfRow)
     *reinterpret_cast<float4*>(args.dq + at * args.dq_cols + col) = {};
@@ -115,23 +120,53 @@ __global__ void __launch_bounds__(kThreads) dsinks_kernel(const BwdArgs args) {
   if (threadIdx.x == 0) static_cast<float*>(p.dsinks)[head] = partial[0];
 }
 
-// In how many pieces of eight columns a row of dq is written.
-constexpr int dq_chunks(const AttnBwdParams& p) { return static_cast<int>((p.head_dim + 7) / 8); }
+// How many threads write a row of dq, eight columns each, and how many rows a thread block writes.
+constexpr unsigned threads_of_row(const AttnBwdParams& p) {
+  return static_cast<unsigned>((p.head_dim + 15) / 16 * 2);
+}
+constexpr unsigned rows_of_block(const AttnBwdParams& p) { return kThreads / threads_of_row(p); }
 
-// A thread each.
+// Where the sums of eight columns of a row are.
+FX_DEVICE const float* sums_of(const BwdArgs& args, int64_t row, int col) {
+  if (!args.dq_paired)
+    return args.dq + row * args.dq_cols + (col ^ static_cast<int>(row % 4) * args.dq_flip);
+  constexpr int kPanel = BwdArgs::kDqPanel;
+  const int in_panel = col % kPanel, first = col - in_panel;
+  const int cols = std::min<int>(args.dq_cols - first, kPanel);
+  const int flip = static_cast<int>(row % 2) * dq_flip(cols);
+  return args.dq + args.rows * first + row * cols + (in_panel ^ flip);
+}
+
+// BwdArgs::dq_paired: two neighbouring lanes read the sums of 16 columns, eight of them each, and then
+// exchange half, so that each has eight neighbouring columns.
+FX_DEVICE void exchange_pairs(float* x, bool second) {
+  float y[8];
+  for (int i = 0; i < 4; ++i) {
+    const int at = i / 2 * 4 + i % 2;  // of the eight first columns; two on it is of the eight last
+    const float other = shuffle_xor(second ? x[at] : x[at + 2], 1);
+    y[i] = second ? other : x[at], y[i + 4] = second ? x[at + 2] : other;
+  }
+  for (int i = 0; i < 8; ++i) x[i] = y[i];
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads) finish_kernel(const BwdArgs args) {
   const AttnBwdParams& p = args.params;
-  const int chunks = dq_chunks(p);
-  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (index >= args.rows * chunks) return;
-  const Row row(p, index / chunks);
-  const int col = static_cast<int>(index % chunks) * 8;
+  const unsigned rows = static_cast<unsigned>(args.rows), threads = threads_of_row(p);
+  const unsigned in_block = threadIdx.x / threads;
+  const unsigned index = last_first() * rows_of_block(p) + in_block;
+  const int col = static_cast<int>(threadIdx.x % threads) * 8;
+  const Row row(p, std::min<unsigned>(index, rows - 1));  // all lanes take part in the exchange
   const int64_t from = row.of_group(args);
-  const float* src =
-      args.dq + from * args.dq_cols + (col ^ static_cast<int>(from % 4) * args.dq_flip);
+  const float* src = sums_of(args, from, col);
+  float x[8] = {};
+  if (col < args.dq_cols)
+    for (int i = 0; i < 8; i += 4)
+      *reinterpret_cast<float4*>(x + i) = *reinterpret_cast<const float4*>(src + i);
+  if (args.dq_paired) exchange_pairs(x, col % 16 != 0);
+  if (index >= rows || in_block >= rows_of_block(p)) return;
   Eight<T> result;
-  for (int i = 0; i < 8; ++i) result.value[i] = from_float<T>(src[i] * static_cast<float>(p.scale));
+  for (int i = 0; i < 8; ++i) result.value[i] = from_float<T>(x[i] * static_cast<float>(p.scale));
   T* dst = static_cast<T*>(p.dq.data) + row.offset(p.dq) + col;
   result.store(dst, static_cast<int>(p.head_dim) - col, in_chunks(p.dq, sizeof(T)));
 }
@@ -144,10 +179,10 @@ void with_element(DType dtype, F f) {
   else f(float{});
 }
 
-unsigned blocks_for(int64_t threads) {
-  const int64_t blocks = (threads + kThreads - 1) / kThreads;
-  FX_CHECK(blocks < int64_t{1} << 31, "q: too many rows for one call");
-  return static_cast<unsigned>(blocks);
+// Thread blocks for all rows.
+unsigned blocks_for(const BwdArgs& args, int64_t rows_of_block) {
+  FX_CHECK(args.rows < int64_t{1} << 31, "q: too many rows for one call");
+  return static_cast<unsigned>((args.rows + rows_of_block - 1) / rows_of_block);
 }
 
 }  // namespace
@@ -160,7 +195,8 @@ void launch_bwd_start(const BwdSums& sums, void* stream) {
         cudaMemsetAsync(args.turns, 0, sums.turns() * sizeof(int), static_cast<stream_t>(stream)));
   with_element(args.params.dtype, [&](auto element) {
     start_kernel<decltype(element)>
-        <<<blocks_for(args.rows * kLanesOfRow), kThreads, 0, static_cast<stream_t>(stream)>>>(args);
+        <<<blocks_for(args, kThreads / kLanesOfRow), kThreads, 0, static_cast<stream_t>(stream)>>>(
+            args);
   });
   FX_CUDA_CHECK(cudaGetLastError());
 }
@@ -175,7 +211,7 @@ void launch_bwd_dsinks(const BwdArgs& args, void* stream) {
 void launch_bwd_finish(const BwdArgs& args, void* stream) {
   if (args.rows == 0) return;
   with_element(args.params.dtype, [&](auto element) {
-    finish_kernel<decltype(element)><<<blocks_for(args.rows * dq_chunks(args.params)), kThreads, 0,
+    finish_kernel<decltype(element)><<<blocks_for(args, rows_of_block(args.params)), kThreads, 0,
                                        static_cast<stream_t>(stream)>>>(args);
   });
   FX_CUDA_CHECK(cudaGetLastError());

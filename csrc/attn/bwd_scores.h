@@ -166,7 +166,8 @@ class BwdScores {
   FX_DEVICE void add_dmask(const Tile& ds) const {
     ds.for_each([&](const float& x, int m, int slot, int col) {
       const int key = key0 + ds.row(m, slot);
-      if (x != 0.f)  // also false for what is hidden, and for keys and rows that are not there
+      // Zero: what is hidden, and rows that are not there; with a NaN in grad_o it may be NaN.
+      if (x != 0.f && key < task.seq_kv)
         add_to(static_cast<float*>(p.dmask) + options(col).dmask + key * p.dmask_kv_stride, x);
     });
   }

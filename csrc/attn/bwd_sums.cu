@@ -2,10 +2,27 @@
 
 #include <algorithm>
 
+#include "../checks.h"
 #include "bwd_sums.h"
 #include "plan.h"
 
 namespace flash_ext {
+namespace {
+
+// Whether several products add to one element of dmask.
+bool dmask_is_shared(const AttnBwdParams& p) {
+  return p.dmask &&
+         ((p.dmask_batch_stride == 0 && p.batch > 1) ||
+          (p.dmask_head_stride == 0 && p.heads_q > 1) || (p.dmask_q_stride == 0 && p.seq_q > 1) ||
+          (p.dmask_kv_stride == 0 && p.seq_kv > 1));
+}
+
+}  // namespace
+
+void check_deterministic(const AttnBwdParams& p, bool deterministic) {
+  FX_CHECK(!deterministic || !dmask_is_shared(p),
+           "deterministic: the gradient of a broadcast attn_mask is not, on a GPU");
+}
 
 int groups_at_once(const BwdArgs& args, const GpuFacts& gpu, int64_t slots) {
   const AttnBwdParams& p = args.params;
@@ -24,7 +41,7 @@ int64_t BwdSums::turns() const {
   if (!takes_turns) return 0;
   const int64_t groups =
       args.params.batch * args.params.heads_q / std::max<int64_t>(args.pack.by, 1);
-  return ceil_div(groups * args.blocks_q, 2) * 2;
+  return ceil_div(groups * args.blocks_q * args.turn_parts, 2) * 2;
 }
 
 int64_t BwdSums::scratch_floats() const { return dq_floats() + turns() + 2 * args.rows; }

@@ -18,6 +18,9 @@ struct BwdSums {
 // which has `slots` for thread blocks: one after the other, the last would leave a part of it idle.
 int groups_at_once(const BwdArgs& args, const GpuFacts& gpu, int64_t slots);
 
+// Raises an error where results cannot repeat bit for bit.
+void check_deterministic(const AttnBwdParams& params, bool deterministic);
+
 // The parts before and after the main kernel, in bwd_rows.cu. The first one zeroes the turns, too.
 void launch_bwd_start(const BwdSums& sums, void* stream);
 void launch_bwd_dsinks(const BwdArgs& args, void* stream);

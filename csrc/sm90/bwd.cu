@@ -16,6 +16,7 @@ template <DType kDType>
 BwdLauncher launcher_of_dtype(int head_dim) {
   switch (head_dim) {
     case 64: return launch_main<kDType, 64>;
+    case 80: return launch_main<kDType, 80>;
     case 96: return launch_main<kDType, 96>;
     case 128: return launch_main<kDType, 128>;
     case 192: return launch_wide<kDType, 192>;
@@ -41,8 +42,14 @@ int wide_groups_at_once(const flash_ext::BwdArgs& args, const GpuFacts& gpu) {
 
 std::optional<std::string> obstacle(const AttnBwdParams& p, const GpuFacts& gpu) {
   if (auto why = obstacle(static_cast<const AttnParams&>(p), gpu)) return why;
-  if (p.mask.data || p.softcap > 0 || p.alibi_slopes || p.dropout_threshold)
-    return "it has no gradients with attn_mask, softcap, alibi_slopes or dropout_p";
+  if (p.mask.data && p.mask.dtype != DType::b8 && p.mask.dtype != DType::f32 &&
+      p.mask.dtype != p.dtype)
+    return "it has gradients with an attn_mask of bool, float32 or the dtype of q";
+  if (std::max(p.mask.q_stride, p.mask.kv_stride) >= int64_t{1} << 23)
+    return "attn_mask: its rows are too far from each other";
+  if (is_wide(std::max(p.head_dim, p.head_dim_v)) && needed_options(p) != Options::none)
+    return "it has gradients with attn_mask, softcap, alibi_slopes and dropout_p of smaller "
+           "head_dims";
   if (p.rows_q == 0) return "there is no query";
   const int64_t batch = p.cu_seqlens_q ? 1 : p.batch;
   if (!can_be_copied(p.grad_o, {batch, p.heads_q, p.rows_q, p.head_dim_v}))
@@ -60,22 +67,35 @@ bool worthwhile(const AttnBwdParams& p) {
   return p.seq_q > 64 && std::max(p.head_dim, p.head_dim_v) > 32;
 }
 
+int64_t BwdPlan::scratch_floats() const { return BwdSums::scratch_floats() + 2 * seen.count(); }
+
+void BwdPlan::use_scratch(float* scratch) {
+  BwdSums::use_scratch(scratch);
+  if (seen.count())
+    seen.ranges = reinterpret_cast<const SeenRange*>(scratch + BwdSums::scratch_floats());
+}
+
 BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic) {
+  check_deterministic(p, deterministic);
   const int head_dim = compiled_head_dim(p, kBwdHeadDims);
   const bool wide = is_wide(head_dim);
-  BwdPlan plan{{{p}, deterministic && !wide}, head_dim};  // wide: no sum is shared
+  // wide: no sum is shared.
+  BwdPlan plan{{{p}, deterministic && !wide}, head_dim, needed_options(p)};
   flash_ext::BwdArgs& args = plan.args;
   args.pack = Divisor(1);
   const int block_kv = wide ? DkvTile::block_kv : BwdTile::block_kv;
-  const int block_q = wide ? DqTile::block_q : bwd_tile(head_dim).block_q;
+  const int block_q = wide ? DqTile::block_q : bwd_tile(head_dim, plan.options).block_q;
   args.blocks_kv = static_cast<int>(ceil_div(p.seq_kv, block_kv));
   args.groups = p.batch * p.heads_kv;
   args.rows = p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;
   args.dq_cols = wide ? 0 : head_dim;
-  args.dq_flip = 8;
+  args.dq_paired = true;
+  args.turn_parts = BwdTile::warpgroups;
   args.blocks_q = static_cast<int>(ceil_div(p.seq_q, block_q));
   args.groups_at_once =
       wide ? wide_groups_at_once(args, gpu) : groups_at_once(args, gpu, gpu.multiprocessors);
+  if (!deterministic)
+    plan.seen = plan_seen_keys(p);  // turns count every block that a band mask leaves
   return plan;
 }
 
@@ -83,6 +103,7 @@ void launch_bwd(const BwdPlan& plan, void* stream) {
   const flash_ext::BwdArgs& args = plan.args;
   launch_bwd_start(plan, stream);
   launch_bwd_dsinks(args, stream);
+  if (plan.seen.ranges) launch_seen_keys(args.params, plan.seen, stream);
   if (args.groups * args.blocks_kv > 0) {
     const auto launch = args.params.dtype == DType::f16
                             ? launcher_of_dtype<DType::f16>(plan.head_dim)

@@ -4,12 +4,18 @@
 #include <string>
 
 #include "../attn/bwd_sums.h"
+#include "../attn/seen_keys.h"
 #include "bwd_variants.h"
 
 namespace flash_ext::sm90 {
 
 struct BwdPlan : BwdSums {
   int head_dim;  // of kBwdHeadDims
+  Options options;
+  SeenKeys seen;  // of a bool mask
+
+  int64_t scratch_floats() const;
+  void use_scratch(float* scratch);
 };
 
 using BwdLauncher = void (*)(const BwdPlan&, void* stream);

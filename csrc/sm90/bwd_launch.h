@@ -14,7 +14,7 @@ void launch_config(const BwdPlan& plan, void* stream) {
   allow_shared_memory<bwd_kernel<Config>>(kSmemBytes);
   const AttnBwdParams& p = plan.args.params;
   const int64_t batch = p.cu_seqlens_q ? 1 : p.batch;
-  BwdArgs args{plan.args, static_cast<int>(p.heads_q / p.heads_kv)};
+  BwdArgs args{plan.args, static_cast<int>(p.heads_q / p.heads_kv), plan.seen};
   args.q_map = tensor_map(p.q, {batch, p.heads_q, p.rows_q, p.head_dim}, Config::kBlockQ);
   args.grad_o_map =
       tensor_map(p.grad_o, {batch, p.heads_q, p.rows_q, p.head_dim_v}, Config::kBlockQ);
@@ -27,7 +27,12 @@ void launch_config(const BwdPlan& plan, void* stream) {
 
 template <DType kDType, int kHeadDim>
 void launch_main(const BwdPlan& plan, void* stream) {
-  launch_config<BwdConfig<kDType, kHeadDim>>(plan, stream);
+  using enum Options;
+  switch (plan.options) {
+    case none: return launch_config<BwdConfig<kDType, kHeadDim>>(plan, stream);
+    case scores: return launch_config<BwdConfig<kDType, kHeadDim, scores>>(plan, stream);
+    case dropout: return launch_config<BwdConfig<kDType, kHeadDim, dropout>>(plan, stream);
+  }
 }
 
 }  // namespace flash_ext::sm90

@@ -67,7 +67,7 @@ double rows_of_a_block(const AttnParams& p, const GpuFacts& gpu, FwdTile tile) {
   return static_cast<double>(ceil_div(tiles, gpu.multiprocessors) * tile.block_q());
 }
 
-bool even_is_faster(const AttnParams& p, const GpuFacts& gpu, int head_dim, FwdOptions options) {
+bool even_is_faster(const AttnParams& p, const GpuFacts& gpu, int head_dim, Options options) {
   const FwdTile tile = fwd_tile(head_dim, options, false), even = fwd_tile(head_dim, options, true);
   if (tile == even) return false;
   if (head_dim == 64 && (p.window_left >= 0 || p.window_right >= 0)) return true;
@@ -77,8 +77,8 @@ bool even_is_faster(const AttnParams& p, const GpuFacts& gpu, int head_dim, FwdO
 
 // Whether warpgroups take turns at products. Where those are short, as are the rows, it is better to start
 // them at once (performance log).
-bool take_turns(const AttnParams& p, int head_dim, FwdOptions options) {
-  if (head_dim > 64 || options != FwdOptions::none) return true;
+bool take_turns(const AttnParams& p, int head_dim, Options options) {
+  if (head_dim > 64 || options != Options::none) return true;
   return head_dim == 64 && p.seq_kv > 2048;
 }
 
@@ -97,9 +97,7 @@ int heads_together(const AttnParams& p, const GpuFacts& gpu, int64_t heads, int 
 
 FwdPlan plan_fwd(const AttnParams& p, const GpuFacts& gpu) {
   const int head_dim = compiled_head_dim(p, kFwdHeadDims);
-  FwdOptions options = FwdOptions::none;
-  if (p.mask.data || p.softcap > 0 || p.alibi_slopes) options = FwdOptions::scores;
-  if (p.dropout_threshold) options = FwdOptions::dropout;
+  const Options options = needed_options(p);
   const bool even = even_is_faster(p, gpu, head_dim, options);
   FwdPlan plan{head_dim, options, even, {p}};
   plan.turns = take_turns(p, head_dim, options);

@@ -11,7 +11,7 @@ namespace flash_ext::sm90 {
 
 struct FwdPlan {
   int head_dim;  // of kFwdHeadDims
-  FwdOptions options;
+  Options options;
   bool even;  // see fwd_tile
   flash_ext::FwdArgs args;
   int64_t thread_blocks = 0;

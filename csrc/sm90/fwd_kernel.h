@@ -14,12 +14,12 @@
 
 namespace flash_ext::sm90 {
 
-template <DType kDType, int kDim, FwdOptions kWith = FwdOptions::none,
+template <DType kDType, int kDim, Options kWith = Options::none,
           FwdTile kSize = fwd_tile(kDim, kWith, false)>
 struct FwdConfig {
   using T = Element<kDType>;
-  static constexpr bool kGeneral = kWith != FwdOptions::none;
-  static constexpr bool kDropout = kWith == FwdOptions::dropout;
+  static constexpr bool kGeneral = kWith != Options::none;
+  static constexpr bool kDropout = kWith == Options::dropout;
   static constexpr FwdTile kTile = kSize;
   static constexpr int kHeadDim = kDim, kStages = kTile.stages, kQStages = kTile.q_stages;
   static constexpr int kWarpgroups = kTile.warpgroups, kThreads = (kWarpgroups + 1) * kWarpgroup;

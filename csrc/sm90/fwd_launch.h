@@ -27,7 +27,7 @@ void launch_config(const FwdPlan& plan, void* stream) {
 
 template <DType kDType, int kHeadDim>
 void launch(const FwdPlan& plan, void* stream) {
-  using enum FwdOptions;
+  using enum Options;
   switch (plan.options) {
     case none:
       if constexpr (constexpr FwdTile kEven = fwd_tile(kHeadDim, none, true);

@@ -1,18 +1,11 @@
 // Every Hopper forward kernel that is compiled, and the size of its tiles: all tuning is in this table.
 #pragma once
-#include "../attn/params.h"
+#include "options.h"
 
 namespace flash_ext::sm90 {
 
 // Products have these widths; others are filled up with zeros on the way to shared memory.
 inline constexpr int kFwdHeadDims[] = {32, 64, 80, 96, 128, 192, 256};
-
-// What a kernel can do beyond band masks and sinks, where it is asked to.
-enum class FwdOptions {
-  none,
-  scores,   // softcap, ALiBi, mask tensors
-  dropout,  // and dropout
-};
 
 struct FwdTile {
   int warpgroups;  // that compute, of 64 rows each; one more feeds them
@@ -37,8 +30,8 @@ struct FwdTile {
 // tensor, another block_kv / 2. Three warpgroups hide weights behind products better than two and read
 // keys and values once for 192 rows. even: tiles whose rows are a power of two, for short sequences,
 // which 192 rows fit badly, and at head_dim 64 for bands, of which blocks of 64 keys waste less.
-constexpr FwdTile fwd_tile(int head_dim, FwdOptions options, bool even) {
-  const bool plain = options == FwdOptions::none;
+constexpr FwdTile fwd_tile(int head_dim, Options options, bool even) {
+  const bool plain = options == Options::none;
   switch (head_dim) {
     case 32: return plain ? FwdTile{4, 64, 4, 2} : FwdTile{3, 96, 3, 2};
     case 64:

@@ -39,6 +39,9 @@ struct TypeName<half_t> {
 struct SharedByRows {  // a [64, k] and b [n, k] in shared memory
   static constexpr const char text[] = "da, db, add, 1, 1, 0, 0";
 };
+struct SharedByRowsCols {  // a [64, k] and b [k, n] in shared memory
+  static constexpr const char text[] = "da, db, add, 1, 1, 0, 1";
+};
 struct SharedByCols {  // a [k, 64] and b [k, n] in shared memory
   static constexpr const char text[] = "da, db, add, 1, 1, 1, 1";
 };
@@ -275,6 +278,17 @@ FX_DEVICE void start_atb(AccTile<T, 16, kCols>& c, SwizzledTile<T, kK, kACols> a
   for (int k = 0; k < kK; k += 16)
     wgmma_all<SharedByCols>(
         c, named<T>(a0 + a.step(k, 0)), [&](int n) { return b0 + b.step(k, n); }, k > 0);
+}
+
+// Starts c += a b: c[64, n], a[64, k] from row a_row on, b[k, n].
+template <typename T, int kCols, int kARows, int kK, int kTileCols>
+FX_DEVICE void start_ab(AccTile<T, 16, kCols>& c, SwizzledTile<T, kARows, kK> a, int a_row,
+                        SwizzledTile<T, kK, kTileCols> b) {
+  const uint64_t a0 = a.descriptor() + a.step(a_row, 0), b0 = b.descriptor();
+#pragma unroll
+  for (int k = 0; k < kK; k += 16)
+    wgmma_all<SharedByRowsCols>(
+        c, named<T>(a0 + a.step(0, k)), [&](int n) { return b0 + b.step(k, n); }, 1);
 }
 
 // Starts c += a b: c[64, n], a[64, k] in registers, b[k, n].

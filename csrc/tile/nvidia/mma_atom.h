@@ -47,6 +47,28 @@ struct MmaAtom {
     swap_with(2, second, x[0], x[2]), swap_with(2, second, x[1], x[3]);
   }
 
+  // A bit for each accumulator, made where eight rows of a column are known at once: this lane speaks for
+  // the column eight_col(), of whose rows from eight_row() on bit(j) tells the j-th one's. Bit 4 i of the
+  // result is that of this lane's register i.
+  FX_DEVICE static int eight_col() {
+    const unsigned lane = lane_id();
+    return static_cast<int>(lane % 4 * 2 + lane / 4 % 2 + lane / 16 * 8);
+  }
+  FX_DEVICE static int eight_row() { return static_cast<int>(lane_id() / 8 % 2 * 8); }
+  template <typename F>
+  FX_DEVICE static uint32_t spread_eights(F bit) {
+    uint32_t of_row[8];  // of the eight, the bits of all lanes
+#pragma unroll
+    for (int j = 0; j < 8; ++j) of_row[j] = __ballot_sync(0xffffffffu, bit(j));
+    const unsigned row = lane_id() / 4;
+#pragma unroll
+    for (int half = 4; half > 0; half /= 2)
+#pragma unroll
+      for (int j = 0; j < half; ++j)
+        of_row[j] = row & static_cast<unsigned>(half) ? of_row[j + half] : of_row[j];
+    return of_row[0] >> lane_id() % 4 & 0x11111111u;
+  }
+
   FX_DEVICE static void mma(Acc& c, const A& a, const B& b) {
     ptx::mma_m16n8k16<T>(c.reg + 0, a.reg, b.reg + 0);
     ptx::mma_m16n8k16<T>(c.reg + 4, a.reg, b.reg + 2);
