@@ -217,23 +217,28 @@ def test_which_kernels_compute_gradients():
     few = normal(2, 8, 4, 128)
     assert "sm90" not in backward_kernels(few, k, k)
     assert "sm90::bwd_kernel" in backward_kernels(few, k, k, backend="sm90")
+    for head_dim in (136, 256):
+        kernels = backward_kernels(*[normal(2, 2, 512, head_dim)] * 3)
+        assert "sm90::dkv_kernel" in kernels and "sm90::dq_kernel" in kernels
 
 
 @dtypes
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("head_dim", [8, 24, 32, 40, 64, 72, 80, 96, 104, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [8, 24, 32, 40, 64, 72, 80, 96, 104, 128, 136, 192, 200, 256])
 def test_gradients(head_dim, is_causal, dtype):
     for seq_q, seq_kv in ((300, 400), (515, 129), (64, 1000), (1, 96), (193, 1)):
         case = Case("train", 2, 4, 2, seq_q, seq_kv, head_dim, is_causal=is_causal, sinks=True)
         check(case, dtype, "cuda", "sm90")
 
 
-@pytest.mark.parametrize("head_dim, head_dim_v", [(64, 128), (128, 64), (24, 80), (96, 40)])
+@pytest.mark.parametrize(
+    "head_dim, head_dim_v", [(64, 128), (128, 64), (24, 80), (96, 40), (192, 128), (136, 256), (8, 200)]
+)
 def test_gradients_of_value_head_dim(head_dim, head_dim_v):
     check(Case("value", 2, 4, 2, 200, 300, head_dim, head_dim_v), torch.bfloat16, "cuda", "sm90")
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
 def test_gradients_of_windows(head_dim):
     for window in ((-1, 100), (300, -1), (200, 40), (0, 300), (0, 0)):
         for causal_align in ("bottom_right", "top_left"):
@@ -241,7 +246,7 @@ def test_gradients_of_windows(head_dim):
             check(case, torch.bfloat16, "cuda", "sm90")
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
 def test_gradients_of_packed_sequences(head_dim):
     for is_causal in (False, True):
         case = Case(
@@ -251,7 +256,7 @@ def test_gradients_of_packed_sequences(head_dim):
         check(case, torch.bfloat16, "cuda", "sm90")
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_gradients_of_many_blocks(head_dim, is_causal):
     """Against the portable kernels, and in deterministic mode bit for bit the same."""

@@ -5,6 +5,7 @@
 #include "../attn/plan.h"
 #include "../gpu_check.h"
 #include "bwd.h"
+#include "bwd_wide_variants.h"
 #include "fwd.h"
 #include "tensor_map.h"
 
@@ -17,8 +18,21 @@ BwdLauncher launcher_of_dtype(int head_dim) {
     case 64: return launch_main<kDType, 64>;
     case 80: return launch_main<kDType, 80>;
     case 96: return launch_main<kDType, 96>;
-    default: return launch_main<kDType, 128>;
+    case 128: return launch_main<kDType, 128>;
+    case 192: return launch_wide<kDType, 192>;
+    default: return launch_wide<kDType, 256>;
   }
+}
+
+// Of wide heads. Blocks of keys of one group together read its rows at the same time, so groups best
+// follow each other. Where a mask makes some blocks longer than others, groups of two rounds run together,
+// the longest ones first, so that the device is busy to the end.
+int wide_groups_at_once(const flash_ext::BwdArgs& args, const GpuFacts& gpu) {
+  const AttnParams& p = args.params;
+  if ((p.window_left < 0) == (p.window_right < 0)) return 1;
+  const int64_t two_rounds =
+      ceil_div(2 * gpu.multiprocessors, std::max<int64_t>(args.blocks_kv, 1));
+  return static_cast<int>(std::clamp<int64_t>(two_rounds, 1, std::max<int64_t>(args.groups, 1)));
 }
 
 }  // namespace
@@ -30,14 +44,16 @@ std::optional<std::string> obstacle(const AttnBwdParams& p, const GpuFacts& gpu)
     return "it has gradients with an attn_mask of bool, float32 or the dtype of q";
   if (std::max(p.mask.q_stride, p.mask.kv_stride) >= int64_t{1} << 23)
     return "attn_mask: its rows are too far from each other";
-  if (std::max(p.head_dim, p.head_dim_v) > kBwdHeadDims[std::size(kBwdHeadDims) - 1])
-    return "it has gradients of smaller head_dims";
+  if (is_wide(compiled_head_dim(p, kBwdHeadDims)) && needed_options(p) != Options::none)
+    return "it has no gradients with attn_mask, softcap, alibi_slopes or dropout_p of so large a "
+           "head_dim";
   if (p.rows_q == 0) return "there is no query";
   const int64_t batch = p.cu_seqlens_q ? 1 : p.batch;
   if (!can_be_copied(p.grad_o, {batch, p.heads_q, p.rows_q, p.head_dim_v}))
     return "grad_out: it needs rows aligned to 16 bytes, and none that stand for several";
-  if (!in_chunks(p.dk, 2) || !in_chunks(p.dv, 2)) return "it needs gradients aligned to 16 bytes";
-  if (p.batch * p.heads_kv * ceil_div(p.seq_kv, BwdTile::block_kv) >= int64_t{1} << 31)
+  if (!in_chunks(p.dq, 2) || !in_chunks(p.dk, 2) || !in_chunks(p.dv, 2))
+    return "it needs gradients aligned to 16 bytes";
+  if (p.batch * p.heads_kv * ceil_div(p.seq_kv, DkvTile::block_kv) >= int64_t{1} << 30)
     return "there are too many keys";
   return std::nullopt;
 }
@@ -58,18 +74,23 @@ void BwdPlan::use_scratch(float* scratch) {
 
 BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic) {
   check_deterministic(p, deterministic);
-  BwdPlan plan{{{p}, deterministic}, compiled_head_dim(p, kBwdHeadDims), needed_options(p)};
+  const int head_dim = compiled_head_dim(p, kBwdHeadDims);
+  const bool wide = is_wide(head_dim);
+  // wide: no sum is shared
+  BwdPlan plan{{{p}, deterministic && !wide}, head_dim, needed_options(p)};
   flash_ext::BwdArgs& args = plan.args;
   args.pack = Divisor(1);
-  args.blocks_kv = static_cast<int>(ceil_div(p.seq_kv, BwdTile::block_kv));
+  const int block_kv = wide ? DkvTile::block_kv : BwdTile::block_kv;
+  const int block_q = wide ? DqTile::block_q : bwd_tile(head_dim, plan.options).block_q;
+  args.blocks_kv = static_cast<int>(ceil_div(p.seq_kv, block_kv));
   args.groups = p.batch * p.heads_kv;
   args.rows = p.cu_seqlens_q ? p.lse_head_stride * p.heads_q : p.batch * p.heads_q * p.seq_q;
-  args.dq_cols = plan.head_dim;
+  args.dq_cols = wide ? 0 : head_dim;
   args.dq_paired = true;
   args.turn_parts = BwdTile::warpgroups;
-  args.blocks_q =
-      static_cast<int>(ceil_div(p.seq_q, bwd_tile(plan.head_dim, plan.options).block_q));
-  args.groups_at_once = groups_at_once(args, gpu, gpu.multiprocessors);
+  args.blocks_q = static_cast<int>(ceil_div(p.seq_q, block_q));
+  args.groups_at_once =
+      wide ? wide_groups_at_once(args, gpu) : groups_at_once(args, gpu, gpu.multiprocessors);
   if (!deterministic)
     plan.seen = plan_seen_keys(p);  // turns count every block that a band mask leaves
   return plan;
@@ -86,7 +107,7 @@ void launch_bwd(const BwdPlan& plan, void* stream) {
                             : launcher_of_dtype<DType::bf16>(plan.head_dim);
     launch(plan, stream);
   }
-  launch_bwd_finish(args, stream);
+  if (!is_wide(plan.head_dim)) launch_bwd_finish(args, stream);
 }
 
 }  // namespace flash_ext::sm90

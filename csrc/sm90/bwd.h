@@ -22,6 +22,9 @@ using BwdLauncher = void (*)(const BwdPlan&, void* stream);
 // In bwd_hd<head_dim>_<dtype>.cu: the main kernel.
 template <DType kDType, int kHeadDim>
 void launch_main(const BwdPlan& plan, void* stream);
+// The kernels for dk and dv, and for dq, of wide heads.
+template <DType kDType, int kHeadDim>
+void launch_wide(const BwdPlan& plan, void* stream);
 
 // Why these kernels cannot compute it.
 std::optional<std::string> obstacle(const AttnBwdParams& params, const GpuFacts& gpu);
