@@ -26,13 +26,16 @@ BwdLauncher launcher_of_dtype(int head_dim) {
 
 // Of wide heads. Blocks of keys of one group together read its rows at the same time, so groups best
 // follow each other. Where a mask makes some blocks longer than others, groups of two rounds run together,
-// the longest ones first, so that the device is busy to the end.
+// the longest ones first, so that the device is busy to the end; always as many, or the last would end
+// with long ones.
 int wide_groups_at_once(const flash_ext::BwdArgs& args, const GpuFacts& gpu) {
   const AttnParams& p = args.params;
-  if ((p.window_left < 0) == (p.window_right < 0)) return 1;
+  if ((p.window_left < 0) == (p.window_right < 0) || args.groups == 0) return 1;
   const int64_t two_rounds =
       ceil_div(2 * gpu.multiprocessors, std::max<int64_t>(args.blocks_kv, 1));
-  return static_cast<int>(std::clamp<int64_t>(two_rounds, 1, std::max<int64_t>(args.groups, 1)));
+  int64_t groups = std::clamp<int64_t>(two_rounds, 1, args.groups);
+  while (args.groups % groups) --groups;
+  return static_cast<int>(groups);
 }
 
 }  // namespace
