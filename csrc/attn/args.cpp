@@ -189,7 +189,8 @@ void read_qkv(const Tensor& q, const Tensor& k, const Tensor& v, bool packed, At
 
 const int32_t* read_cu_seqlens(const Tensor& cu, const char* name, const Tensor& q, int64_t total,
                                const char* total_name, int64_t max_seqlen, const char* max_name) {
-  FX_CHECK(cu.dim() == 1 && cu.size(0) >= 1, name, ": expected [batch + 1], got ", text_of(sizes_of(cu)));
+  FX_CHECK(cu.dim() == 1 && cu.size(0) >= 1, name, ": expected [batch + 1], got ",
+           text_of(sizes_of(cu)));
   FX_CHECK(cu.scalar_type() == ScalarType::Int, name, ": expected int32, got ",
            torch::headeronly::toString(cu.scalar_type()));
   check_same_device(cu, name, q);

@@ -47,9 +47,9 @@ std::optional<std::string> obstacle(const AttnBwdParams& p, const GpuFacts& gpu)
     return "it has gradients with an attn_mask of bool, float32 or the dtype of q";
   if (std::max(p.mask.q_stride, p.mask.kv_stride) >= int64_t{1} << 23)
     return "attn_mask: its rows are too far from each other";
-  if (is_wide(std::max(p.head_dim, p.head_dim_v)) && needed_options(p) != Options::none)
-    return "it has gradients with attn_mask, softcap, alibi_slopes and dropout_p of smaller "
-           "head_dims";
+  if (is_wide(compiled_head_dim(p, kBwdHeadDims)) && needed_options(p) != Options::none)
+    return "it has no gradients with attn_mask, softcap, alibi_slopes or dropout_p of so large a "
+           "head_dim";
   if (p.rows_q == 0) return "there is no query";
   const int64_t batch = p.cu_seqlens_q ? 1 : p.batch;
   if (!can_be_copied(p.grad_o, {batch, p.heads_q, p.rows_q, p.head_dim_v}))
@@ -79,7 +79,7 @@ BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic
   check_deterministic(p, deterministic);
   const int head_dim = compiled_head_dim(p, kBwdHeadDims);
   const bool wide = is_wide(head_dim);
-  // wide: no sum is shared.
+  // wide: no sum is shared
   BwdPlan plan{{{p}, deterministic && !wide}, head_dim, needed_options(p)};
   flash_ext::BwdArgs& args = plan.args;
   args.pack = Divisor(1);

@@ -5,7 +5,8 @@
 namespace flash_ext::sm90 {
 
 // Products have these widths; others are filled up with zeros on the way to shared memory.
-inline constexpr int kBwdHeadDims[] = {64, 80, 96, 128, 192, 256};  // 192, 256: bwd_wide_variants.h
+// 192 and 256: bwd_wide_variants.h.
+inline constexpr int kBwdHeadDims[] = {64, 80, 96, 128, 192, 256};
 
 struct BwdTile {
   int block_q;           // query rows of a block

@@ -5,7 +5,7 @@
 namespace flash_ext::sm90 {
 
 // Where dk and dv of 64 keys do not fit the registers of a warpgroup.
-constexpr bool is_wide(int64_t head_dim) { return head_dim > 128; }
+constexpr bool is_wide(int head_dim) { return head_dim > 128; }
 
 // Of the kernel for dk and dv: 64 keys, and blocks of 64 rows. dk fills the registers of a warpgroup,
 // dv those of another.
