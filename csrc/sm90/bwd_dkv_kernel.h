@@ -69,15 +69,6 @@ struct DkvShared {
   }
 };
 
-// The blocks of rows in their order: of each head from the last to the first.
-template <typename F>
-FX_DEVICE void for_each_block_of_heads(const BwdArgs& args, const BwdTask& task, F f) {
-#pragma unroll 1
-  for (int head = 0; head < args.heads_of_group; ++head)
-#pragma unroll 1
-    for (int block = task.block_end - 1; block >= task.block_begin; --block) f(head, block);
-}
-
 // One thread: everything is loaded in the order in which it is used.
 template <typename Config>
 FX_DEVICE void load_for_dkv(const BwdArgs& args, const BwdTask& task, DkvShared<Config> shared) {
@@ -88,7 +79,7 @@ FX_DEVICE void load_for_dkv(const BwdArgs& args, const BwdTask& task, DkvShared<
   RingPosition<Config::kQStages> q_at;
   RingPosition<Config::kGradStages> grad_at;
   bool first = true;
-  for_each_block_of_heads(args, task, [&](int head, int block) {
+  for_each_block(args, task, [&](int head, int block) {
     const Corner rows{static_cast<int>(task.first_q) + block * Config::kBlockQ, task.head + head,
                       batch};
     Place &q = rest.q[q_at.stage], &grad_o = rest.grad_o[grad_at.stage];
@@ -110,7 +101,7 @@ FX_DEVICE void load_stats_for_dkv(const BwdArgs& args, const BwdTask& task,
   static_assert(Config::kBlockQ == 2 * kWarpSize);
   const int lane = static_cast<int>(lane_id());
   RingPosition<Config::kQStages> at;
-  for_each_block_of_heads(args, task, [&](int head, int block) {
+  for_each_block(args, task, [&](int head, int block) {
     const RowStats* first = args.stats + first_row_of(args, task, head);
     RowStats x[2];
 #pragma unroll
@@ -156,10 +147,9 @@ class DkvCompute {
   FX_DEVICE DkvCompute(const BwdArgs& args, const BwdTask& task, DkvShared<Config> shared)
       : p(args.params), task(task), shared(shared), rest(shared.rest()),
         warp_row(uniform(static_cast<int>(warp_id()) % 4) * 16),
-        scale(static_cast<float>(p.scale) * kLog2e), block_begin(task.block_begin),
-        block_end(task.block_end),
+        scale(static_cast<float>(p.scale) * kLog2e), heads(args.heads_of_group),
         tail(p.cu_seqlens_q && task.rows % kBlockQ ? task.rows / kBlockQ : -1),
-        steps(args.heads_of_group * std::max(block_end - block_begin, 0)), block(block_end - 1) {}
+        steps(heads * std::max(task.block_end - task.block_begin, 0)), block(task.block_end - 1) {}
 
   FX_DEVICE void run() {
     KvGrad sum;
@@ -184,10 +174,10 @@ class DkvCompute {
   typename DkvShared<Config>::Rest& rest;
   const int warp_row;
   const float scale;
-  const int block_begin, block_end;  // of rows
-  const int tail;                    // the block that ends behind a packed sequence's last row
+  const int heads;
+  const int tail;  // the block that ends behind a packed sequence's last row
   const int steps;
-  int block;  // whose product comes next
+  int block, head = 0;  // of rows, whose product comes next
   ProductRing product_at;
   SumRing sum_at, done_at;
   RingPosition<Config::kQStages> rows_at;
@@ -318,7 +308,7 @@ class DkvCompute {
     if constexpr (kDk) differentiate(s, of_columns, weights);
     else weigh(s, of_columns, weights);
     const int of_block = block;
-    block = block == block_begin ? block_end - 1 : block - 1;
+    if (++head == heads) head = 0, --block;
     return of_block;
   }
   FX_DEVICE void release_sum_rows() {
