@@ -42,7 +42,7 @@ struct MaskBlock {
   bool in_pairs;
   uint32_t pair[kPairs ? Scores::kPairs : 1];  // as they lie in memory
 
-  FX_DEVICE MaskBlock(const AttnParams& p, const FwdTask& task, int row0) : p(p) {
+  FX_DEVICE MaskBlock(const AttnParams& p, const RowGroup& task, int row0) : p(p) {
     const MaskView& mask = p.mask;
     const bool bytes = mask.dtype == DType::b8;
     const int64_t strides = mask.batch_stride | mask.head_stride | mask.q_stride | p.seq_kv;
@@ -101,13 +101,12 @@ struct MaskBlock {
 
 // Of the variants without mask tensors.
 struct NoMask {
-  FX_DEVICE NoMask(const AttnParams&, const FwdTask&, int) {}
+  FX_DEVICE NoMask(const AttnParams&, const RowGroup&, int) {}
 };
 
-// s = q k^T becomes scores under softcap and ALiBi, of the rows from row0 and the keys from kv0 on.
+// s = q k^T becomes scores under softcap.
 template <typename T, int kRows, int kCols>
-FX_DEVICE void apply_options(AccTile<T, kRows, kCols>& s, const AttnParams& p, const FwdTask& task,
-                             int row0, int kv0) {
+FX_DEVICE void scale_scores(AccTile<T, kRows, kCols>& s, const AttnParams& p) {
   const float scale = static_cast<float>(p.scale), softcap = static_cast<float>(p.softcap);
   if (softcap > 0.f) {
     const float inside = static_cast<float>(p.scale / p.softcap);
@@ -117,19 +116,32 @@ FX_DEVICE void apply_options(AccTile<T, kRows, kCols>& s, const AttnParams& p, c
   } else {
     s.for_each([&](float& x, int, int, int) { x *= scale; });
   }
-  if (p.alibi_slopes) {
-    RowVec<T, kRows> slope, here;  // here: from this lane's first key to the one at distance 0
-    slope.for_each([&](float& x, int m, int r) {
-      const int row = std::min(row0 + s.row(m, r), task.rows - 1);  // as MaskBlock's
-      x = static_cast<const float*>(
-          p.alibi_slopes)[task.batch * p.alibi_batch_stride + task.head_of(row)];
-      here.v[m][r] = static_cast<float>(task.query(row) + task.seq_kv - task.rows / task.pack.by -
-                                        kv0 - s.first_col());
-    });
-    s.for_each([&](float& x, int m, int r, int col) {
-      x -= slope.v[m][r] * fabsf(here.v[m][r] - static_cast<float>(col - s.first_col()));
-    });
-  }
+}
+
+// Adds ALiBi to scores, of the rows from row0 and the keys from kv0 on.
+template <typename T, int kRows, int kCols>
+FX_DEVICE void add_alibi(AccTile<T, kRows, kCols>& s, const AttnParams& p, const RowGroup& task,
+                         int row0, int kv0) {
+  if (!p.alibi_slopes) return;
+  RowVec<T, kRows> slope, here;  // here: from this lane's first key to the one at distance 0
+  slope.for_each([&](float& x, int m, int r) {
+    const int row = std::min(row0 + s.row(m, r), task.rows - 1);  // as MaskBlock's
+    x = static_cast<const float*>(
+        p.alibi_slopes)[task.batch * p.alibi_batch_stride + task.head_of(row)];
+    here.v[m][r] = static_cast<float>(task.query(row) + task.seq_kv - task.rows / task.pack.by -
+                                      kv0 - s.first_col());
+  });
+  s.for_each([&](float& x, int m, int r, int col) {
+    x -= slope.v[m][r] * fabsf(here.v[m][r] - static_cast<float>(col - s.first_col()));
+  });
+}
+
+// Both.
+template <typename T, int kRows, int kCols>
+FX_DEVICE void apply_options(AccTile<T, kRows, kCols>& s, const AttnParams& p, const RowGroup& task,
+                             int row0, int kv0) {
+  scale_scores(s, p);
+  add_alibi(s, p, task, row0, kv0);
 }
 
 // The 16 bits of a key, of those of eight neighbours; written so that `bits` stays in registers.
@@ -145,7 +157,7 @@ class Dropout {
   using Atom = MmaAtom<T>;
 
  public:
-  FX_DEVICE Dropout(const AttnParams& p, const FwdTask& task)
+  FX_DEVICE Dropout(const AttnParams& p, const RowGroup& task)
       : p(p), task(task), seed(p.rng_state[0]), offset(p.rng_state[1]) {}
 
   // Of the atom that starts at this row and key.
@@ -185,7 +197,7 @@ class Dropout {
 
  private:
   const AttnParams& p;
-  const FwdTask& task;
+  const RowGroup& task;
   uint64_t seed, offset;
 
   FX_DEVICE Philox4 numbers(int row, int group) const {

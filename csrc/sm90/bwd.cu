@@ -47,9 +47,6 @@ std::optional<std::string> obstacle(const AttnBwdParams& p, const GpuFacts& gpu)
     return "it has gradients with an attn_mask of bool, float32 or the dtype of q";
   if (std::max(p.mask.q_stride, p.mask.kv_stride) >= int64_t{1} << 23)
     return "attn_mask: its rows are too far from each other";
-  if (is_wide(compiled_head_dim(p, kBwdHeadDims)) && needed_options(p) != Options::none)
-    return "it has no gradients with attn_mask, softcap, alibi_slopes or dropout_p of so large a "
-           "head_dim";
   if (p.rows_q == 0) return "there is no query";
   const int64_t batch = p.cu_seqlens_q ? 1 : p.batch;
   if (!can_be_copied(p.grad_o, {batch, p.heads_q, p.rows_q, p.head_dim_v}))
@@ -94,8 +91,8 @@ BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic
   args.blocks_q = static_cast<int>(ceil_div(p.seq_q, block_q));
   args.groups_at_once =
       wide ? wide_groups_at_once(args, gpu) : groups_at_once(args, gpu, gpu.multiprocessors);
-  if (!deterministic)
-    plan.seen = plan_seen_keys(p);  // turns count every block that a band mask leaves
+  if (!deterministic || wide)  // turns count every block that a band mask leaves
+    plan.seen = plan_seen_keys(p);
   return plan;
 }
 

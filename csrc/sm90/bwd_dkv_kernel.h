@@ -11,9 +11,10 @@
 
 namespace flash_ext::sm90 {
 
-template <DType kDType, int kDim, DkvTile kSize = dkv_tile(kDim)>
+template <DType kDType, int kDim, Options kWith = Options::none, DkvTile kSize = dkv_tile(kDim)>
 struct DkvConfig {
   using T = Element<kDType>;
+  static constexpr bool kGeneral = kWith != Options::none, kDropout = kWith == Options::dropout;
   static constexpr DkvTile kTile = kSize;
   static constexpr int kHeadDim = kDim, kBlockQ = kTile.block_q, kBlockKV = kTile.block_kv;
   static constexpr int kThreads = 3 * kWarpgroup;
@@ -25,6 +26,7 @@ struct DkvConfig {
   using Scores = AccTile<T, 16, kBlockQ>;
   using Weights = OperandTile<T, 16, kBlockQ>;
   using KvGrad = AccTile<T, 16, kHeadDim>;
+  using Stats = BlockStats<kBlockQ>;
 };
 
 template <typename Config>
@@ -33,12 +35,15 @@ struct DkvShared {
   using KvTile = typename Config::KvTile;
   using QTile = typename Config::QTile;
   static constexpr int kQ = 2 * KvTile::kBytes, kGradO = kQ + Config::kQStages * QTile::kBytes;
-  static constexpr int kRest = kGradO + Config::kGradStages * QTile::kBytes;
+  using MaskRows = typename BwdScoresOf<Config>::MaskRows;
+  static constexpr int kMask = kGradO + Config::kGradStages * QTile::kBytes;
+  static constexpr int kMaskBytes = Config::kGeneral ? static_cast<int>(sizeof(MaskRows)) : 0;
+  static constexpr int kRest = kMask + 4 * kMaskBytes;  // of each warp that computes weights
   // Four weights of each of a warpgroup's threads a chunk.
   static constexpr int kChunks = Config::kBlockQ / 16;
   struct Rest {
     uint4 weights[Config::kWeightStages][kChunks][kWarpgroup];
-    BlockStats<Config::kBlockQ> stats[Config::kQStages];
+    typename Config::Stats stats[Config::kQStages];
     Place q[Config::kQStages], rows[Config::kQStages], grad_o[Config::kGradStages];
     Place handed_over[Config::kWeightStages];
     Mbarrier k, v;
@@ -55,6 +60,9 @@ struct DkvShared {
   }
   FX_DEVICE QTile grad_o(int stage) const {
     return {reinterpret_cast<T*>(base + kGradO + stage * QTile::kBytes)};
+  }
+  FX_DEVICE MaskRows& mask(int warp) const {
+    return *reinterpret_cast<MaskRows*>(base + kMask + warp * kMaskBytes);
   }
 
   FX_DEVICE void init() const {
@@ -121,14 +129,6 @@ FX_DEVICE void load_stats_for_dkv(const BwdArgs& args, const BwdTask& task,
   });
 }
 
-// Two neighbours of an operand.
-template <typename T>
-FX_DEVICE float2 widened(uint32_t pair) {
-  if constexpr (std::is_same_v<T, half_t>)
-    return __half22float2(reinterpret_cast<const __half2&>(pair));
-  else return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-}
-
 // A warpgroup that computes dv, or dk. Both multiply their keys by a block of rows, make an operand of
 // the product, and add its product with other rows to their sum.
 template <typename Config, bool kDk>
@@ -140,6 +140,8 @@ class DkvCompute {
   using KvTile = typename Config::KvTile;
   using QTile = typename Config::QTile;
   static constexpr int kBlockQ = Config::kBlockQ, kHeadDim = Config::kHeadDim;
+  using OwnScores = std::conditional_t<kDk, NoBwdScores, BwdScoresOf<Config>>;
+  static constexpr bool kWeighsOptions = Config::kGeneral && !kDk;
   using ProductRing = RingPosition<kDk ? Config::kGradStages : Config::kQStages>;
   using SumRing = RingPosition<kDk ? Config::kQStages : Config::kGradStages>;
 
@@ -149,7 +151,9 @@ class DkvCompute {
         warp_row(uniform(static_cast<int>(warp_id()) % 4) * 16),
         scale(static_cast<float>(p.scale) * kLog2e), heads(args.heads_of_group),
         tail(p.cu_seqlens_q && task.rows % kBlockQ ? task.rows / kBlockQ : -1),
-        steps(heads * std::max(task.block_end - task.block_begin, 0)), block(task.block_end - 1) {}
+        steps(heads * std::max(task.block_end - task.block_begin, 0)),
+        scores(p, task, shared.mask(warp_row / 16), task.key0 + warp_row),
+        block(task.block_end - 1) {}
 
   FX_DEVICE void run() {
     KvGrad sum;
@@ -158,6 +162,8 @@ class DkvCompute {
     if (steps > 0) all_blocks(sum);
     if constexpr (kDk)
       sum.for_each([&](float& x, int, int, int) { x *= static_cast<float>(p.scale); });
+    else if constexpr (Config::kDropout)
+      sum.for_each([&](float& x, int, int, int) { x *= dropout_factor(); });
     wait_for_warpgroup();  // nobody reads these keys any more
     const TensorView& dst = kDk ? p.dk : p.dv;
     const int key = task.key0 + warp_row;
@@ -177,6 +183,7 @@ class DkvCompute {
   const int heads;
   const int tail;  // the block that ends behind a packed sequence's last row
   const int steps;
+  OwnScores scores;
   int block, head = 0;  // of rows, whose product comes next
   ProductRing product_at;
   SumRing sum_at, done_at;
@@ -249,7 +256,9 @@ class DkvCompute {
 #pragma unroll
     for (int n = 0; n < kBlockQ / 16; ++n)
       weights.atom[0][n] = MmaAtom<T>::to_operand(s.atom[0][n]);
-
+    hand_over(weights);
+  }
+  FX_DEVICE void hand_over(const Weights& weights) {
     Place& place = rest.handed_over[weights_at.stage];
     place.wait_empty(weights_at.parity);
 #pragma unroll
@@ -260,6 +269,16 @@ class DkvCompute {
     __syncwarp();  // those of all lanes are there
     if (lane_id() == 0) place.full.arrive();
     weights_at.advance();
+  }
+  FX_DEVICE void weigh_with_options(const Scores& s, Weights& weights) {
+    Place& place = rest.rows[rows_at.stage];
+    Weights factors;
+    place.wait_full(rows_at.parity);
+    scores.weigh(s, weights, factors, rest.stats[rows_at.stage]);
+    __syncwarp();  // all lanes have read
+    place.release();
+    rows_at.advance();
+    hand_over(factors);
   }
   FX_DEVICE void hide(Scores& s) {
     int begin[2], end[2];  // the rows that see a key
@@ -274,7 +293,12 @@ class DkvCompute {
     });
   }
 
-  // ds: the gradients of the scores whose weights the other warpgroup hands over.
+  FX_DEVICE float dropout_factor() const {
+    return 65536.f / (65536.f - static_cast<float>(p.dropout_threshold));
+  }
+
+  // ds: the gradients of the scores whose weights the other warpgroup hands over; with options times
+  // softcap's slope, and negative where dropout drops them.
   FX_DEVICE void differentiate(const Scores& dp, const OfColumns& delta, Weights& ds) {
     Place& place = rest.handed_over[weights_at.stage];
     place.wait_full(weights_at.parity);
@@ -292,7 +316,13 @@ class DkvCompute {
       const float2 y = delta.pair[i / 2];
       uint32_t& pair = ds.atom[0][i / 4].reg[i % 4];
       const float2 weight = widened<T>(pair);
-      pair = ptx::cvt<T>(weight.x * (x[0] - y.x), weight.y * (x[1] - y.y));
+      if constexpr (Config::kDropout) {
+        const float kept0 = signbit(weight.x) ? 0.f : x[0] * dropout_factor();
+        const float kept1 = signbit(weight.y) ? 0.f : x[1] * dropout_factor();
+        pair = ptx::cvt<T>(fabsf(weight.x) * (kept0 - y.x), fabsf(weight.y) * (kept1 - y.y));
+      } else {
+        pair = ptx::cvt<T>(weight.x * (x[0] - y.x), weight.y * (x[1] - y.y));
+      }
     }
   }
 
@@ -300,15 +330,27 @@ class DkvCompute {
   // its block.
   template <int kRunning>
   FX_DEVICE int make_operand(Scores& s, Weights& weights) {
-    const OfColumns of_columns = stats();
-    wgmma_wait<kRunning>();
-    arrived(s);
-    product_place().release();
-    product_at.advance();
-    if constexpr (kDk) differentiate(s, of_columns, weights);
-    else weigh(s, of_columns, weights);
+    const auto product_arrived = [&] {
+      wgmma_wait<kRunning>();
+      arrived(s);
+      product_place().release();
+      product_at.advance();
+    };
+    if constexpr (kWeighsOptions) {
+      scores.draw(head, block);
+      scores.prepare(head, block);
+      product_arrived();
+      weigh_with_options(s, weights);
+    } else {
+      const OfColumns of_columns = stats();
+      product_arrived();
+      if constexpr (kDk) differentiate(s, of_columns, weights);
+      else weigh(s, of_columns, weights);
+    }
     const int of_block = block;
     if (++head == heads) head = 0, --block;
+    if constexpr (kWeighsOptions)
+      if (block >= task.block_begin) scores.fetch(head, block);
     return of_block;
   }
   FX_DEVICE void release_sum_rows() {
@@ -317,6 +359,7 @@ class DkvCompute {
   }
   FX_DEVICE void all_blocks(KvGrad& sum) {
     Scores s;
+    if constexpr (kWeighsOptions) scores.fetch(head, block);
     start_product(s);
     if constexpr (!kDk) {
       // A block's scores are started before the sum of the block before, which then runs while they
@@ -376,6 +419,11 @@ FX_DEVICE void dkv_block(const BwdArgs& args, unsigned index, unsigned char* sme
     prefetch(args.q_map), prefetch(args.k_map), prefetch(args.v_map), prefetch(args.grad_o_map);
     shared.init();
   }
+  if constexpr (Config::kGeneral)
+    if (args.seen.ranges && threadIdx.x < kWarpSize) {
+      __syncwarp();  // the task is there
+      leave_out_unseen<Config>(args, task);
+    }
   __syncthreads();                       // the task is there, and the barriers are set up
   if (task.key0 >= task.seq_kv) return;  // this sequence is shorter than the longest
   if (const int warpgroup = warpgroup_id(); warpgroup == 0) {

@@ -8,6 +8,7 @@
 #include "../attn/element.h"
 #include "../attn/fwd_task.h"
 #include "../attn/online_softmax.h"
+#include "../attn/scores.h"
 #include "bwd_args.h"
 #include "bwd_kernel.h"
 #include "bwd_wide_variants.h"
@@ -15,9 +16,11 @@
 
 namespace flash_ext::sm90 {
 
-template <DType kDType, int kDim, DqTile kSize = dq_tile(kDim)>
+template <DType kDType, int kDim, Options kWith = Options::none,
+          DqTile kSize = dq_tile(kDim, kWith)>
 struct DqConfig {
   using T = Element<kDType>;
+  static constexpr bool kGeneral = kWith != Options::none, kDropout = kWith == Options::dropout;
   static constexpr DqTile kTile = kSize;
   static constexpr int kHeadDim = kDim, kBlockQ = kTile.block_q, kBlockKV = kTile.block_kv;
   static constexpr int kWarpgroups = kTile.warpgroups, kThreads = (kWarpgroups + 1) * kWarpgroup;
@@ -28,6 +31,7 @@ struct DqConfig {
   using Scores = AccTile<T, 16, kBlockKV>;
   using Gradients = OperandTile<T, 16, kBlockKV>;
   using Dq = AccTile<T, 16, kHeadDim>;
+  using Mask = std::conditional_t<kGeneral, MaskBlock<T, 16, kBlockKV>, NoMask>;
 };
 
 struct DqTask : RowGroup, KeyBlocks {
@@ -36,7 +40,7 @@ struct DqTask : RowGroup, KeyBlocks {
 };
 
 // The index-th of batch * heads_q * row blocks: those that see the last keys come first.
-template <int kBlockQ, int kBlockKV>
+template <int kBlockQ, int kBlockKV, bool kMasked>
 FX_DEVICE DqTask dq_task(const BwdArgs& args, unsigned index) {
   const unsigned heads = static_cast<unsigned>(args.heads_of_group);
   const auto [block, group] =
@@ -48,7 +52,7 @@ FX_DEVICE DqTask dq_task(const BwdArgs& args, unsigned index) {
            (args.blocks_q - 1 - block) * kBlockQ};
   if (t.row0 < t.rows)
     static_cast<KeyBlocks&>(t) =
-        key_blocks<kBlockKV, false>(t, t.row0, std::min(t.row0 + kBlockQ, t.rows), {});
+        key_blocks<kBlockKV, kMasked>(t, t.row0, std::min(t.row0 + kBlockQ, t.rows), args.seen);
   return t;
 }
 
@@ -144,7 +148,8 @@ class DqCompute {
     dq.clear();
     KeyBlocks own;  // the blocks that these rows see
     if (row0 < task.rows)
-      own = key_blocks<kBlockKV, false>(task, row0, std::min(row0 + 64, task.rows), {});
+      own = key_blocks<kBlockKV, Config::kGeneral>(task, row0, std::min(row0 + 64, task.rows),
+                                                   args.seen);
     if (task.block_begin < task.block_end) rest.q[id].wait(0);
     int passed = task.block_begin;
     if (own.block_begin < own.block_end) {
@@ -220,23 +225,95 @@ class DqCompute {
     wgmma_commit();
   }
 
+  // Softcap's slopes where a block's scores are, two neighbours together in half precision.
+  struct Slopes {
+    uint32_t pair[kBlockKV / 4];
+  };
+
+  // Products become scores under the options.
+  FX_DEVICE void apply(Scores& s, Slopes& slopes, const typename Config::Mask& mask,
+                       const RowGroup& group, int block) const {
+    scale_scores(s, p);
+    if (p.softcap > 0) {
+      const float inverse = static_cast<float>(1 / p.softcap);
+      Scores::for_each_pair([&](int j, int, int, int) {
+        const float x = s.pair(j)[0] * inverse, y = s.pair(j)[1] * inverse;
+        slopes.pair[j] = ptx::cvt<half_t>(1.f - x * x, 1.f - y * y);
+      });
+    }
+    add_alibi(s, p, group, row0 + warp_row, block * kBlockKV);
+    if (p.mask.data) mask.add_to(s, block * kBlockKV);
+  }
+
   // Scores become weights.
   FX_DEVICE void weigh(Scores& s, const float (&lse)[2], const KeyBlocks& own, int block) {
-    s.for_each([&](float& x, int, int slot, int) { x = fast_exp2(fmaf(x, scale, -lse[slot])); });
-    if (block >= own.whole_begin && block < own.whole_end) return;
+    const float factor = Config::kGeneral ? kLog2e : scale;
+    s.for_each([&](float& x, int, int slot, int) { x = fast_exp2(fmaf(x, factor, -lse[slot])); });
+    // The mask's gradient needs that rows that are not there weigh nothing, even where they are NaN.
+    const bool all_there = !Config::kGeneral || row0 + 64 <= task.rows;
+    if (block >= own.whole_begin && block < own.whole_end && all_there) return;
     int begin[2], end[2];  // the keys that a row sees
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
       const int query = row0 + warp_row + s.row(0, slot), key0 = block * kBlockKV;
       begin[slot] = query - task.left - key0;
       end[slot] = std::min(query + task.right + 1, task.seq_kv) - key0;
+      if (Config::kGeneral && query >= task.rows) end[slot] = begin[slot];
     }
     s.for_each([&](float& x, int, int slot, int col) {
       x = col >= begin[slot] && col < end[slot] ? x : 0.f;
     });
   }
 
+  // Adds the gradients of a block's scores after softcap to those of the mask. Only this kernel does: it
+  // has the weights as they are, not rounded.
+  FX_DEVICE void add_to_dmask(const Scores& weights, const Scores& grads, int block) const {
+    const int row = row0 + warp_row + Scores::row(0, 0);
+    const int key = block * kBlockKV + Scores::first_col();
+    float* first = static_cast<float*>(p.dmask) + task.batch * p.dmask_batch_stride +
+                   task.head * p.dmask_head_stride + row * p.dmask_q_stride +
+                   key * p.dmask_kv_stride;
+    const int eight_rows = 8 * static_cast<int>(p.dmask_q_stride);
+    const int next_key = static_cast<int>(p.dmask_kv_stride);
+#pragma unroll
+    for (int n = 0; n < kBlockKV / 16; ++n)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int offset = i / 2 % 2 * eight_rows + (16 * n + i / 4 * 8 + i % 2) * next_key;
+        add_where(weights.atom[0][n].reg[i], first + offset, grads.atom[0][n].reg[i]);
+      }
+  }
+
+  // dp becomes the gradients of products, before their scale.
+  FX_DEVICE void differentiate(Scores& dp, Scores& weights, const float (&delta)[2],
+                               const Slopes& slopes, const RowGroup& group, int block) const {
+    if constexpr (Config::kDropout) {
+      Dropout<T>(p, group).apply(dp, row0 + warp_row, block * kBlockKV);
+      const float factor = 65536.f / (65536.f - static_cast<float>(p.dropout_threshold));
+      dp.for_each([&](float& x, int, int, int) { x *= factor; });
+    }
+    dp.for_each(weights, [&](float& x, float weight, int, int slot, int) {
+      x = weight * (x - delta[slot]);
+    });
+    if constexpr (Config::kGeneral) {
+      if (p.dmask) add_to_dmask(weights, dp, block);
+      if (p.softcap > 0)
+        Scores::for_each_pair([&](int j, int, int, int) {
+          const float2 slope = widened<half_t>(slopes.pair[j]);
+          dp.pair(j)[0] *= slope.x, dp.pair(j)[1] *= slope.y;
+        });
+    }
+  }
+
   FX_DEVICE void all_blocks(Dq& dq, const KeyBlocks& own) {
+    RowGroup group = task;
+    group.pack = Divisor{};  // heads are not packed here, and now the compiler knows
+    typename Config::Mask mask(p, group, row0 + warp_row);
+    const auto fetch_mask = [&](int block) {
+      if constexpr (Config::kGeneral)
+        if (p.mask.data) mask.fetch(block * kBlockKV);
+    };
+    Slopes slopes;
     Scores s, dp;
     Gradients ds;
     float lse[2], delta[2];
@@ -249,24 +326,26 @@ class DqCompute {
     }
     int block = own.block_begin;
     start_scores(s, block);
+    fetch_mask(block);
     rest.grad_o[id].wait(0);
     start_gradients(dp, block);
     wgmma_wait<1>();
 #pragma unroll 1
     for (;;) {
       arrived(s);
+      if constexpr (Config::kGeneral) apply(s, slopes, mask, group, block);
       weigh(s, lse, own, block);
       wgmma_wait<0>();
       arrived(dp);
       rest.v[v_at.stage].release();
       v_at.advance();
-      dp.for_each(
-          s, [&](float& x, float weight, int, int slot, int) { x = weight * (x - delta[slot]); });
+      differentiate(dp, s, delta, slopes, group, block);
 #pragma unroll
       for (int n = 0; n < kBlockKV / 16; ++n) ds.atom[0][n] = MmaAtom<T>::to_operand(dp.atom[0][n]);
       start_dq(dq, ds);
       if (++block == own.block_end) break;
       start_scores(s, block);
+      fetch_mask(block);
       wgmma_wait<1>();
       arrived(dq);
       rest.k[k_at.stage].release();
@@ -287,7 +366,7 @@ FX_DEVICE void dq_block(const BwdArgs& args, unsigned index, unsigned char* smem
   const DqShared<Config> shared{smem};
   DqTask& task = shared.rest().task;
   if (threadIdx.x == 0) {
-    task = dq_task<Config::kBlockQ, Config::kBlockKV>(args, index);
+    task = dq_task<Config::kBlockQ, Config::kBlockKV, Config::kGeneral>(args, index);
     prefetch(args.q_map), prefetch(args.k_map), prefetch(args.v_map), prefetch(args.grad_o_map);
     shared.init();
   }

@@ -36,6 +36,14 @@ enum class MaskForm {
 template <MaskForm kMask>
 using ConstantForm = std::integral_constant<MaskForm, kMask>;
 
+// Two neighbours of an operand.
+template <typename T>
+FX_DEVICE float2 widened(uint32_t pair) {
+  if constexpr (std::is_same_v<T, half_t>)
+    return __half22float2(reinterpret_cast<const __half2&>(pair));
+  else return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+
 // dst += x where `weight` is not zero; without a branch, so that other work is moved around it.
 FX_DEVICE void add_where(float weight, float* dst, float x) {
   asm volatile(
@@ -78,8 +86,14 @@ class BwdScores {
 
   // What can be known of a block long before its products.
   FX_DEVICE void look_ahead(int of_head, int block) {
-    fetch(task.head + of_head, block);
-    if constexpr (Config::kDropout) draw(task.head + of_head, block);
+    fetch(of_head, block);
+    draw(of_head, block);
+  }
+  // Its parts, for where they are best apart: starts to copy the mask, ...
+  FX_DEVICE void fetch(int of_head, int block) { fetch_mask(task.head + of_head, block); }
+  // ... finds which weights dropout keeps.
+  FX_DEVICE void draw(int of_head, int block) {
+    if constexpr (Config::kDropout) draw_kept(task.head + of_head, block);
   }
 
   // ... and while its first product runs.
@@ -114,6 +128,17 @@ class BwdScores {
     }
   }
 
+  // s = k q^T becomes the weights that dropout keeps, and, for who computes the gradients of scores without
+  // s, by what a score's gradient is a multiple of its weight's, less its row's delta; negative where
+  // dropout drops the weight.
+  FX_DEVICE void weigh(const Scores& s, Weights& weights, Weights& factors,
+                       const Stats& stats) const {
+    with_form([&](auto form) {
+      if (p.softcap > 0) weights_and_factors<true, form()>(s, weights, factors, stats);
+      else weights_and_factors<false, form()>(s, weights, factors, stats);
+    });
+  }
+
   // From what `weigh` left in s, and dp = v grad_o^T, to the weights that dropout keeps, and the
   // gradients of scores before their scale.
   FX_DEVICE void differentiate(const Scores& s, const Scores& dp, Weights& weights, Weights& ds,
@@ -138,8 +163,7 @@ class BwdScores {
   float here;      // from this lane's first key to the one at distance 0 of its first row
   ScoreBits<kRows> seen, kept;
 
-  // Starts to copy the mask.
-  FX_DEVICE void fetch(int head, int block) {
+  FX_DEVICE void fetch_mask(int head, int block) {
     if (!p.mask.data) return;
     __syncwarp();  // nobody reads the last block's any more
     with_elements(p.mask, [&](const auto* elements) {
@@ -198,8 +222,8 @@ class BwdScores {
     seen.keep(keep);
   }
 
-  // Which weights dropout keeps. A lane makes the numbers of eight keys of a row, see dropout_bits.
-  FX_DEVICE void draw(int head, int block) {
+  // A lane makes the numbers of eight keys of a row, see dropout_bits.
+  FX_DEVICE void draw_kept(int head, int block) {
     const uint64_t seed = uniform(p.rng_state[0]), offset = uniform(p.rng_state[1]);
     const uint32_t batch_head = static_cast<uint32_t>(task.batch * p.heads_q + head);
     const uint32_t group = static_cast<uint32_t>(key0 + Atom::eight_row()) / 8;
@@ -275,6 +299,30 @@ class BwdScores {
     return w;
   }
 
+  template <bool kSoftcap, MaskForm kMask>
+  FX_DEVICE void weights_and_factors(const Scores& s, Weights& weights, Weights& factors,
+                                     const Stats& stats) const {
+    const float scale = static_cast<float>(p.scale), softcap = static_cast<float>(p.softcap);
+    const float inside = kSoftcap ? scale * fast_reciprocal(softcap) : 0.f;
+#pragma unroll
+    for (int n = 0; n < kAtoms; ++n) {
+      Acc x = s.atom[0][n];
+      if constexpr (kSoftcap)
+        for (float& y : x.reg) y = fast_tanh(y * inside);
+      Acc w = weights_of<kMask>(x, (kSoftcap ? softcap : scale) * kLog2e, n, stats), factor = w;
+#pragma unroll
+      for (int i = 0; i < Atom::kAccRegs; ++i) {
+        if constexpr (kSoftcap) factor.reg[i] *= 1.f - x.reg[i] * x.reg[i];
+        if constexpr (Config::kDropout) {
+          const bool keep = kept.at(n, i);
+          factor.reg[i] = keep ? factor.reg[i] : -factor.reg[i];
+          w.reg[i] = keep ? w.reg[i] : 0.f;
+        }
+      }
+      weights.atom[0][n] = Atom::to_operand(w), factors.atom[0][n] = Atom::to_operand(factor);
+    }
+  }
+
   // kSoftcap: s is tanh, otherwise the weights.
   template <bool kSoftcap, MaskForm kMask, bool kDmask>
   FX_DEVICE void gradients(const Scores& s, const Scores& dp, Weights& weights, Weights& ds,
@@ -309,7 +357,8 @@ class BwdScores {
 // Of kernels without options.
 struct NoBwdScores {
   struct MaskRows {};
-  FX_DEVICE NoBwdScores(const AttnBwdParams&, const BwdTask&, MaskRows&, int) {}
+  template <typename Rows>
+  FX_DEVICE NoBwdScores(const AttnBwdParams&, const BwdTask&, Rows&, int) {}
 };
 
 }  // namespace flash_ext::sm90

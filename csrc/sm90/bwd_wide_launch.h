@@ -10,7 +10,7 @@ namespace flash_ext::sm90 {
 inline BwdArgs with_maps(const BwdPlan& plan, int rows, int keys) {
   const AttnBwdParams& p = plan.args.params;
   const int64_t batch = p.cu_seqlens_q ? 1 : p.batch;
-  BwdArgs args{plan.args, static_cast<int>(p.heads_q / p.heads_kv)};
+  BwdArgs args{plan.args, static_cast<int>(p.heads_q / p.heads_kv), plan.seen};
   args.q_map = tensor_map(p.q, {batch, p.heads_q, p.rows_q, p.head_dim}, rows);
   args.grad_o_map = tensor_map(p.grad_o, {batch, p.heads_q, p.rows_q, p.head_dim_v}, rows);
   args.k_map = tensor_map(p.k, {batch, p.heads_kv, p.rows_kv, p.head_dim}, keys);
@@ -40,11 +40,22 @@ void launch_dq(const BwdPlan& plan, void* stream) {
   FX_CUDA_CHECK(cudaGetLastError());
 }
 
+template <DType kDType, int kHeadDim, Options kWith>
+void launch_both(const BwdPlan& plan, void* stream) {
+  const flash_ext::BwdArgs& args = plan.args;
+  if (args.groups * args.blocks_kv > 0)
+    launch_dkv<DkvConfig<kDType, kHeadDim, kWith>>(plan, stream);
+  if (args.rows > 0) launch_dq<DqConfig<kDType, kHeadDim, kWith>>(plan, stream);
+}
+
 template <DType kDType, int kHeadDim>
 void launch_wide(const BwdPlan& plan, void* stream) {
-  const flash_ext::BwdArgs& args = plan.args;
-  if (args.groups * args.blocks_kv > 0) launch_dkv<DkvConfig<kDType, kHeadDim>>(plan, stream);
-  if (args.rows > 0) launch_dq<DqConfig<kDType, kHeadDim>>(plan, stream);
+  using enum Options;
+  switch (plan.options) {
+    case none: return launch_both<kDType, kHeadDim, none>(plan, stream);
+    case scores: return launch_both<kDType, kHeadDim, scores>(plan, stream);
+    case dropout: return launch_both<kDType, kHeadDim, dropout>(plan, stream);
+  }
 }
 
 }  // namespace flash_ext::sm90

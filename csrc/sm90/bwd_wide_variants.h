@@ -1,6 +1,6 @@
 // Every Hopper backward kernel of wide heads that is compiled, and the size of its tiles.
 #pragma once
-#include "../attn/params.h"
+#include "options.h"
 
 namespace flash_ext::sm90 {
 
@@ -34,7 +34,10 @@ constexpr DkvTile dkv_tile(int head_dim) {
   return {2, 2, 2};
 }
 
-constexpr DqTile dq_tile(int head_dim) {
+// With options registers also hold a mask's elements and softcap's slopes, in 16 bits each: so that dq's
+// leave room for as many keys less.
+constexpr DqTile dq_tile(int head_dim, Options options) {
+  if (options != Options::none) return head_dim == 192 ? DqTile{64, 2, 2} : DqTile{48, 2, 2};
   if (head_dim == 192) return {80, 2, 2};
   return {64, 2, 1};
 }

@@ -50,7 +50,7 @@ struct RegistersByCols {  // a [64, k] in registers, b [k, n] in shared memory
 };
 
 // The widths that are spelled out below; others are put together from them.
-inline constexpr int kWidths[] = {256, 192, 128, 112, 96, 80, 64, 32};
+inline constexpr int kWidths[] = {256, 192, 128, 112, 96, 80, 64, 48, 32};
 constexpr int widest(int n) {
   for (int width : kWidths)
     if (width <= n) return width;
@@ -71,6 +71,21 @@ FX_DEVICE void wgmma(float* d, typename MmaAtom<T>::A a, uint64_t b, int add) {
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
           "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
           "+f"(d[14]), "+f"(d[15])
+        : "r"(a.reg[0]), "r"(a.reg[1]), "r"(a.reg[2]), "r"(a.reg[3]), "l"(b), "r"(add),
+          "C"(TypeName<T>::text), "C"(Operands::text));
+  else if constexpr (kWidth == 48)
+    asm volatile(
+        "{\n.reg .pred add;\n.reg .b32 a<4>;\n.reg .b64 da, db;\n"
+        "mov.b32 a0, %24;\nmov.b32 a1, %25;\nmov.b32 a2, %26;\nmov.b32 a3, %27;\n"
+        "mov.b64 da, {a0, a1};\nmov.b64 db, %28;\nsetp.ne.b32 add, %29, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n48k16.f32.%30.%30 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23}, "
+        "%31;\n}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+          "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+          "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
+          "+f"(d[21]), "+f"(d[22]), "+f"(d[23])
         : "r"(a.reg[0]), "r"(a.reg[1]), "r"(a.reg[2]), "r"(a.reg[3]), "l"(b), "r"(add),
           "C"(TypeName<T>::text), "C"(Operands::text));
   else if constexpr (kWidth == 64)
