@@ -361,7 +361,7 @@ class DkvCompute {
     Scores s;
     if constexpr (kWeighsOptions) scores.fetch(head, block);
     start_product(s);
-    if constexpr (!kDk) {
+    if constexpr (!kDk && !Config::kGeneral) {
       // A block's scores are started before the sum of the block before, which then runs while they
       // become weights. The other warpgroup is better off without: rows are needed for longer.
       Weights weights[2];
