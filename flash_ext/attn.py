@@ -171,7 +171,7 @@ def _usual(query, key, value, is_causal, scale, bshd, deterministic):
         return None
     # As in arguments.dense.
     window_right = 0 if is_causal else -1
-    if usual.call is not None:
+    if usual.call is not None and torch._C._get_tracing_state() is None:
         return usual.call(query, key, value, window_right, scale, bshd, deterministic)
     if bshd or query.ndim != 4:
         return None

@@ -214,9 +214,9 @@ OptionalTensor attn_usual(Tensor q, Tensor k, Tensor v, int64_t window_right,
     q = as_autocast_has(q, dtype), k = as_autocast_has(k, dtype), v = as_autocast_has(v, dtype);
   }
   const int64_t head_dim = q.size(3);
-  const Call call{scale.value_or(head_dim ? 1 / std::sqrt(static_cast<double>(head_dim)) : 1.0),
+  // As in flash_ext/arguments.py, whose ** is pow.
+  const Call call{scale.value_or(head_dim ? std::pow(static_cast<double>(head_dim), -0.5) : 1.0),
                   window_right, false, bshd};
-  // As in flash_ext/arguments.py.
   const bool out_bshd = bshd || (!q.is_contiguous() && q.stride(1) < q.stride(2));
   if (torch::autograd::compute_requires_grad(q, k, v)) {
     Call with_gradients = call;
