@@ -47,8 +47,8 @@ Tensor heads_first(const Tensor& x, bool bshd) { return bshd ? x.transpose(1, 2)
 
 Tensor attn_plain(const Tensor& q, const Tensor& k, const Tensor& v, const Call& call,
                   bool out_bshd) {
-  using Op = Tensor(const Tensor&, const Tensor&, const Tensor&, double, int64_t, int64_t, bool,
-                    bool);
+  using Op =
+      Tensor(const Tensor&, const Tensor&, const Tensor&, double, int64_t, int64_t, bool, bool);
   static const auto plain = op<Op>("flash_ext::attn_plain");
   return plain.call(q, k, v, call.scale, -1, call.window_right, false, out_bshd);
 }
@@ -68,9 +68,9 @@ std::tuple<Tensor, Tensor> attn_fwd(const Tensor& q, const Tensor& k, const Tens
 // The gradients of q, k and v, all as the caller has his tensors.
 variable_list gradients(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
                         const Tensor& out, const Tensor& lse, const Call& call) {
-  using Op = std::tuple<Tensor, Tensor, Tensor>(
-      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-      double, int64_t, int64_t, bool, bool);
+  using Op = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
+                                                const Tensor&, const Tensor&, const Tensor&, double,
+                                                int64_t, int64_t, bool, bool);
   static const auto bwd = op<Op>("flash_ext::attn_plain_bwd");
   const auto in = [&](const Tensor& x) { return heads_first(x, call.bshd); };
   auto [dq, dk, dv] = bwd.call(in(grad_out), in(q), in(k), in(v), in(out), lse, call.scale, -1,
@@ -141,8 +141,9 @@ struct AttnPlainBackward : torch::autograd::Node {
     std::vector<at::TypePtr> types;
     for (const c10::IValue& arg : args)
       types.push_back(arg.isTensor() ? at::TypePtr(at::TensorType::get()) : arg.type());
-    const auto outputs = IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
-        get_input_metadata(next_edges()));
+    const auto outputs =
+        IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
+            get_input_metadata(next_edges()));
     const auto& compiler = getPyCompilerInterface();
     const std::string bound = compiler->bind_function(swap.get_py_compiler(), name(), from_packed,
                                                       types, /*is_custom_function=*/true);
@@ -152,7 +153,8 @@ struct AttnPlainBackward : torch::autograd::Node {
     return found;
   }
 
-  static variable_list from_packed(const variable_list& grads, const std::vector<c10::IValue>& args) {
+  static variable_list from_packed(const variable_list& grads,
+                                   const std::vector<c10::IValue>& args) {
     torch::dynamo::autograd::PackedArgs packed(args);
     Tensor x[5];
     for (Tensor& tensor : x) tensor = packed.unpack<Tensor>();
@@ -225,9 +227,9 @@ OptionalTensor attn_usual(Tensor q, Tensor k, Tensor v, int64_t window_right,
     return differentiable(q, k, v, with_gradients, out_bshd);
   }
   const Below below;
-  return heads_first(attn_plain(heads_first(q, bshd), heads_first(k, bshd), heads_first(v, bshd),
-                                call, out_bshd),
-                     bshd);
+  return heads_first(
+      attn_plain(heads_first(q, bshd), heads_first(k, bshd), heads_first(v, bshd), call, out_bshd),
+      bshd);
 }
 
 TORCH_LIBRARY_FRAGMENT(flash_ext, m) {
