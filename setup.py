@@ -62,6 +62,12 @@ def hipify(copy, sources):
     return [Path(done[path].hipified_path or path) for path in copies]
 
 
+def remove_libraries(folder):
+    """Those of csrc/autograd: what is not built again is for another torch, or of older sources."""
+    for path in (folder / "flash_ext").glob("_usual-*"):
+        path.unlink()
+
+
 def native():
     """setup()'s arguments for the extension; it needs torch."""
     torch, cpp_extension = import_torch()
@@ -118,6 +124,10 @@ def native():
             commit = str(torch.version.git_version)[:8]
             return str(Path(path).with_name(f"_usual-{torch.__version__}-{commit}.so"))
 
+        def copy_extensions_to_source(self):
+            remove_libraries(ROOT)
+            super().copy_extensions_to_source()
+
         def build_extension(self, extension):
             try:
                 super().build_extension(extension)
@@ -143,6 +153,7 @@ def native():
             if not header.is_file() or header.read_text() != text:
                 build_temp.mkdir(parents=True, exist_ok=True)
                 header.write_text(text)
+            remove_libraries(Path(self.build_lib))
             try:
                 super().build_extensions()
             except Exception as error:

@@ -169,20 +169,27 @@ def _usual(query, key, value, is_causal, scale, bshd, deterministic):
         and _only_autograd()
     ):
         return None
-    # As in arguments.dense.
-    window_right = 0 if is_causal else -1
+    window_right = 0 if is_causal else -1  # this, scale and out_bshd as in arguments.dense
     if usual.call is not None and torch._C._get_tracing_state() is None:
         return usual.call(query, key, value, window_right, scale, bshd, deterministic)
-    if bshd or query.ndim != 4:
+    if not query.ndim == key.ndim == value.ndim == 4:
         return None
+    if torch._C._is_any_autocast_enabled() and _needs_gradients(query, key, value):
+        return None
+    if not bshd:
+        out_bshd = not query.is_contiguous() and query.stride(1) < query.stride(2)
+        return _plain(query, key, value, window_right, scale, out_bshd, deterministic)
+    by_head = (x.transpose(1, 2) for x in (query, key, value))
+    return _plain(*by_head, window_right, scale, True, deterministic).transpose(1, 2)
+
+
+def _plain(query, key, value, window_right, scale, out_bshd, deterministic):
+    """_usual without the node in C++."""
     if scale is None:
         scale = query.shape[-1] ** -0.5 if query.shape[-1] else 1.0
-    out_bshd = not query.is_contiguous() and query.stride(1) < query.stride(2)
     if not _needs_gradients(query, key, value):
         with torch._C._AutoDispatchBelowAutograd():
             return attn_plain(query, key, value, scale, -1, window_right, False, out_bshd)
-    if torch._C._is_any_autocast_enabled():
-        return None
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     return registration.apply_attn_plain(query, key, value, scale, window_right, out_bshd, deterministic)

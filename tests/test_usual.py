@@ -55,6 +55,7 @@ def packed(layout, device="cpu"):
 # ---- the same results
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"deterministic": True}], ids=str)
@@ -87,6 +88,22 @@ def test_parts_of_one_tensor(layout, is_causal, device):
 
     for x, y in zip(*each_way(run), strict=True):
         same(x, y)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 8), (2, 1, 3, 8), (2, 5, 1, 8)])
+def test_the_output_is_contiguous(shape, way):
+    """With layout="bshd" always, with layout="bhsd" as q lies in memory."""
+    batch, seq, heads, head_dim = shape
+    by_token = torch.randn(shape)
+    by_head = torch.randn(batch, heads, seq, head_dim)
+    for wanted in (False, True):
+        by_token.requires_grad_(wanted)
+        by_head.requires_grad_(wanted)
+        for x in (by_token, by_head.transpose(1, 2)):
+            assert flash_ext.attn(x, x, x, layout="bshd").is_contiguous()
+        assert flash_ext.attn(by_head, by_head, by_head).is_contiguous()
+        x = by_token.transpose(1, 2)
+        assert flash_ext.attn(x, x, x).transpose(1, 2).is_contiguous()
 
 
 def test_only_one_layer_of_views():
@@ -158,6 +175,7 @@ def test_overlapping_gradient(way):
 # ---- what autograd offers
 
 
+@pytest.mark.sanitize
 def test_retain_graph_and_a_freed_graph(way, device):
     inputs = leaves(device=device)
     out = flash_ext.attn(*inputs).sum()
@@ -224,6 +242,7 @@ def test_functorch(way):
     torch.testing.assert_close(torch.vmap(of_q, out_dims=0)(many)[0], expected)
 
 
+@pytest.mark.sanitize
 def test_saved_tensors(way, device):
     """Hooks see q, k, v, the output and lse, and the gradients come from what they give back."""
     inputs = leaves(device=device)
@@ -282,6 +301,7 @@ def test_deterministic(asked, globally, expected, way, device):
     assert [args[-1] for name, args in found if name == "flash_ext.attn_plain_bwd.default"] == [expected]
 
 
+@pytest.mark.sanitize
 def test_threads(way, device):
     """Forward in one thread, backward in another, of many graphs at once."""
     inputs = leaves(seq=33, device=device)
