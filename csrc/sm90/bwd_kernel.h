@@ -446,6 +446,7 @@ class BwdCompute {
     if constexpr (Config::kTile.early_dv) start_dv(dv, weights);
     rest.ds[step % 2].wait_empty(step / 2 % 2);  // nobody reads the last but one any more
     differentiate(dp, s, ds);
+    __syncwarp();  // all lanes have read what must be known of rows
     rest.rows[step % 2].release();
     if constexpr (!Config::kTile.early_dv) round(s, weights), start_dv(dv, weights);
     if constexpr (!kFirst) {
@@ -529,6 +530,7 @@ class BwdCompute {
       arrived(dp);
       scores.differentiate(s, dp, weights, ds, rest.stats[i]);
       start_dv(dv, weights);
+      __syncwarp();  // all lanes have read what must be known of rows
       rest.rows[i].release();
       rest.ds[i].wait_empty(parity);  // nobody reads the last but one any more
       store_operand(ds, shared.ds(i), 64 * id + warp_row);
