@@ -60,10 +60,9 @@ struct DkvShared {
   FX_DEVICE void init() const {
     constexpr int kWarps = 2 * kWarpgroup / kWarpSize;  // both warpgroups read all of it
     for (Place& place : rest().q) place.init(kWarps);
-    for (Place& place : rest().rows) place.init(kWarps);
+    for (Place& place : rest().rows) place.init(kWarpSize, 2 * kWarpgroup);
     for (Place& place : rest().grad_o) place.init(kWarps);
-    for (Place& place : rest().handed_over)
-      place.full.init(kWarps / 2), place.empty.init(kWarps / 2);
+    for (Place& place : rest().handed_over) place.init(kWarpgroup, kWarpgroup);
     rest().k.init(1), rest().v.init(1);
     Mbarrier::publish_init();
   }
@@ -115,8 +114,7 @@ FX_DEVICE void load_stats_for_dkv(const BwdArgs& args, const BwdTask& task,
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       stats.lse[i * kWarpSize + lane] = x[i].lse, stats.delta[i * kWarpSize + lane] = x[i].delta;
-    __syncwarp();  // all of it is there
-    if (lane == 0) place.full.arrive();
+    place.full.arrive();  // of all lanes: all of it is there
     at.advance();
   });
 }
@@ -231,8 +229,7 @@ class DkvCompute {
 #pragma unroll
     for (int i = 0; i < kBlockQ / 8; ++i)
       x.pair[i] = *reinterpret_cast<const float2*>(first + 8 * i);
-    __syncwarp();  // all lanes have read
-    place.release();
+    place.empty.arrive();
     rows_at.advance();
     return x;
   }
@@ -257,8 +254,7 @@ class DkvCompute {
       const uint32_t* x = weights.atom[0][n].reg;
       rest.weights[weights_at.stage][n][threadIdx.x % kWarpgroup] = {x[0], x[1], x[2], x[3]};
     }
-    __syncwarp();  // those of all lanes are there
-    if (lane_id() == 0) place.full.arrive();
+    place.full.arrive();
     weights_at.advance();
   }
   FX_DEVICE void hide(Scores& s) {
@@ -283,8 +279,7 @@ class DkvCompute {
       const uint4 x = rest.weights[weights_at.stage][n][threadIdx.x % kWarpgroup];
       ds.atom[0][n] = {{x.x, x.y, x.z, x.w}};
     }
-    __syncwarp();  // all lanes have read
-    place.release();
+    place.empty.arrive();
     weights_at.advance();
 #pragma unroll
     for (int i = 0; i < kBlockQ / 4; ++i) {

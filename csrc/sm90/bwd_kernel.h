@@ -102,7 +102,7 @@ struct BwdShared {
   FX_DEVICE void init() const {
     constexpr int kWarps = Config::kWarpgroups * kWarpgroup / kWarpSize;
     for (Place& place : rest().q) place.init(kWarps);
-    for (Place& place : rest().rows) place.init(kWarps);
+    for (Place& place : rest().rows) place.init(kWarpSize, Config::kWarpgroups * kWarpgroup);
     for (Place& place : rest().grad_o) place.init(kWarps);
     for (Place& place : rest().ds) place.full.init(kWarps), place.empty.init(kWarps);
     for (Place& place : rest().dq) place.full.init(4), place.empty.init(1);
@@ -200,8 +200,7 @@ FX_DEVICE void load_stats(const BwdArgs& args, const BwdTask& task, BwdShared<Co
         stats.lse[row] = x[i].lse, stats.delta[row] = x[i].delta;
       }
     }
-    __syncwarp();  // all of it is there
-    if (lane_id() == 0) place.full.arrive();
+    place.full.arrive();  // of all lanes: all of it is there
     at.advance();
   });
 }
@@ -446,8 +445,7 @@ class BwdCompute {
     if constexpr (Config::kTile.early_dv) start_dv(dv, weights);
     rest.ds[step % 2].wait_empty(step / 2 % 2);  // nobody reads the last but one any more
     differentiate(dp, s, ds);
-    __syncwarp();  // all lanes have read what must be known of rows
-    rest.rows[step % 2].release();
+    rest.rows[step % 2].empty.arrive();
     if constexpr (!Config::kTile.early_dv) round(s, weights), start_dv(dv, weights);
     if constexpr (!kFirst) {
       rest.ds[(step - 1) % 2].wait_full((step - 1) / 2 % 2);  // the gradients of both
@@ -530,8 +528,7 @@ class BwdCompute {
       arrived(dp);
       scores.differentiate(s, dp, weights, ds, rest.stats[i]);
       start_dv(dv, weights);
-      __syncwarp();  // all lanes have read what must be known of rows
-      rest.rows[i].release();
+      rest.rows[i].empty.arrive();
       rest.ds[i].wait_empty(parity);  // nobody reads the last but one any more
       store_operand(ds, shared.ds(i), 64 * id + warp_row);
       tell(rest.ds[i].full);
