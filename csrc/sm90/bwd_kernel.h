@@ -39,6 +39,10 @@ struct BwdConfig {
   static constexpr bool kDqByRows = kBlockQ == 64 * kWarpgroups;
   static_assert(kDqByRows ? kHeadDim == 64 : kBlockQ == 64 && kHeadDim > 64 && kHeadDim <= 128);
   static constexpr int kLastDqCols = kDqByRows ? 64 : kHeadDim - 64;
+  // Named barriers: of all that compute, of each warpgroup, and of those that compute with the warp that
+  // puts what must be known of rows into one of two places.
+  static constexpr int kComputing = kWarpgroups * kWarpgroup;
+  static constexpr int kAllBarrier = 1, kOwnBarrier = 2, kRowsBarrier = kOwnBarrier + kWarpgroups;
 
   using KvTile = SwizzledTile<T, kBlockKV, kHeadDim>;
   using QTile = SwizzledTile<T, kBlockQ, kHeadDim>;
@@ -74,8 +78,8 @@ struct BwdShared {
   static constexpr int kRest = kMask + 4 * Config::kWarpgroups * kMaskBytes;  // of each warp
   struct Rest {
     Stats stats[2];  // like the gradients: of the blocks in turn
-    Place q[Config::kQStages], rows[2], grad_o[Config::kGradStages], ds[2], dq[Config::kWarpgroups];
-    Mbarrier k, v;
+    Place q[Config::kQStages], grad_o[Config::kGradStages], ds[2], dq[Config::kWarpgroups];
+    Mbarrier rows[2], k, v;
     BwdTask task;  // here, because registers are dear
   };
   static constexpr int kBytes = kRest + static_cast<int>(sizeof(Rest));
@@ -102,7 +106,7 @@ struct BwdShared {
   FX_DEVICE void init() const {
     constexpr int kWarps = Config::kWarpgroups * kWarpgroup / kWarpSize;
     for (Place& place : rest().q) place.init(kWarps);
-    for (Place& place : rest().rows) place.init(kWarpSize, Config::kWarpgroups * kWarpgroup);
+    for (Mbarrier& barrier : rest().rows) barrier.init(1);
     for (Place& place : rest().grad_o) place.init(kWarps);
     for (Place& place : rest().ds) place.full.init(kWarps), place.empty.init(kWarps);
     for (Place& place : rest().dq) place.full.init(4), place.empty.init(1);
@@ -179,12 +183,11 @@ FX_DEVICE void load(const BwdArgs& args, const BwdTask& task, BwdShared<Config> 
 template <typename Config>
 FX_DEVICE void load_stats(const BwdArgs& args, const BwdTask& task, BwdShared<Config> shared) {
   constexpr int kAtOnce = 2;  // registers are few here, too
-  RingPosition<2> at;
+  int step = 0;
   for_each_block(args, task, [&](int head, int block) {
     const RowStats* first = args.stats + first_row_of(args, task, head) + block * Config::kBlockQ;
     const int rows = task.rows - block * Config::kBlockQ;
-    Place& place = shared.rest().rows[at.stage];
-    auto& stats = shared.rest().stats[at.stage];
+    auto& stats = shared.rest().stats[step % 2];
 #pragma unroll
     for (int row0 = 0; row0 < Config::kBlockQ; row0 += kAtOnce * kWarpSize) {
       RowStats x[kAtOnce];
@@ -193,15 +196,17 @@ FX_DEVICE void load_stats(const BwdArgs& args, const BwdTask& task, BwdShared<Co
         const int row = row0 + i * kWarpSize + static_cast<int>(lane_id());
         x[i] = row < rows ? first[row] : RowStats{INFINITY, 0.f};
       }
-      if (row0 == 0) place.wait_empty(at.parity);
+      if (row0 == 0 && step > 1)  // all have read what was there before
+        barrier_wait(Config::kRowsBarrier + step % 2, kWarpSize + Config::kComputing);
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int row = row0 + i * kWarpSize + static_cast<int>(lane_id());
         stats.lse[row] = x[i].lse, stats.delta[row] = x[i].delta;
       }
     }
-    place.full.arrive();  // of all lanes: all of it is there
-    at.advance();
+    __syncwarp();  // all of it is there
+    if (lane_id() == 0) shared.rest().rows[step % 2].arrive();
+    ++step;
   });
 }
 
@@ -262,7 +267,7 @@ class BwdCompute {
   using DqPart = typename Config::DqPart;
   static constexpr int kBlockKV = Config::kBlockKV, kBlockQ = Config::kBlockQ;
   static constexpr int kHeadDim = Config::kHeadDim;
-  static constexpr int kComputing = Config::kWarpgroups * kWarpgroup;
+  static constexpr int kComputing = Config::kComputing;
 
  public:
   FX_DEVICE BwdCompute(const BwdArgs& args, const BwdTask& task, BwdShared<Config> shared, int id)
@@ -270,13 +275,13 @@ class BwdCompute {
         warp_row(uniform(static_cast<int>(warp_id()) % 4) * 16),
         scale(static_cast<float>(p.scale) * kLog2e),
         scores(p, task, shared.mask(4 * id + warp_row / 16), task.key0 + 64 * id + warp_row),
+        steps(args.heads_of_group * std::max(task.block_end - task.block_begin, 0)),
         block(task.block_end - 1),
         tail(p.cu_seqlens_q && task.rows % kBlockQ ? task.rows / kBlockQ : -1) {}
 
   FX_DEVICE void run() {
     KvGrad dk, dv;
     dk.clear(), dv.clear();
-    const int steps = args.heads_of_group * std::max(task.block_end - task.block_begin, 0);
     rest.k.wait(0);
     if (const int left = task.seq_kv - task.key0; p.cu_seqlens_k && left < kBlockKV) {
       if (steps > 0) rest.v.wait(0);
@@ -286,9 +291,9 @@ class BwdCompute {
       all_there();
     }
     if constexpr (Config::kGeneral) {
-      if (steps > 0) blocks_with_options(dk, dv, steps);
+      if (steps > 0) blocks_with_options(dk, dv);
     } else {
-      if (steps > 0) all_blocks(dk, dv, steps);
+      if (steps > 0) all_blocks(dk, dv);
     }
     dk.for_each([&](float& x, int, int, int) { x *= static_cast<float>(p.scale); });
     if constexpr (Config::kDropout) {
@@ -309,6 +314,7 @@ class BwdCompute {
   const int id, warp_row;
   const float scale;
   BwdScoresOf<Config> scores;
+  const int steps;  // blocks of rows, of all heads
   // Of this block of rows, of the one before and of the next one.
   int block, head = 0, last_head = 0;
   const int tail;  // the block that ends behind a packed sequence's last row
@@ -317,8 +323,13 @@ class BwdCompute {
   int last_q = 0;  // a stage
   RingPosition<Config::kGradStages> grad_at;
 
-  FX_DEVICE void all_there() { barrier_wait(1, kComputing); }
-  FX_DEVICE void wait_for_warpgroup() { barrier_wait(2 + id, kWarpgroup); }
+  FX_DEVICE void all_there() { barrier_wait(Config::kAllBarrier, kComputing); }
+  FX_DEVICE void wait_for_warpgroup() { barrier_wait(Config::kOwnBarrier + id, kWarpgroup); }
+  // This block's rows are known no more; others take their place. A warp tells this with a barrier of
+  // threads, which counts it at once, where an mbarrier would count its lanes.
+  FX_DEVICE void release_rows() {
+    if (step + 2 < steps) barrier_arrive(Config::kRowsBarrier + step % 2, kWarpSize + kComputing);
+  }
 
   FX_DEVICE void clear_tail(typename Config::QTile tile, int of_block) {
     if (of_block != tail) return;
@@ -434,7 +445,7 @@ class BwdCompute {
   template <bool kFirst, bool kMore>
   FX_DEVICE void one_block(KvGrad& dk, KvGrad& dv, Scores& s, Scores& dp, DqPart& dq) {
     Weights weights, ds;
-    rest.rows[step % 2].wait_full(step / 2 % 2);
+    rest.rows[step % 2].wait(step / 2 % 2);
     weigh(s);
     // So late because the fence in it waits for what was written.
     if (!kFirst && step > 1) tell(rest.dq[id].full);
@@ -445,7 +456,7 @@ class BwdCompute {
     if constexpr (Config::kTile.early_dv) start_dv(dv, weights);
     rest.ds[step % 2].wait_empty(step / 2 % 2);  // nobody reads the last but one any more
     differentiate(dp, s, ds);
-    rest.rows[step % 2].empty.arrive();
+    release_rows();
     if constexpr (!Config::kTile.early_dv) round(s, weights), start_dv(dv, weights);
     if constexpr (!kFirst) {
       rest.ds[(step - 1) % 2].wait_full((step - 1) / 2 % 2);  // the gradients of both
@@ -479,7 +490,7 @@ class BwdCompute {
     }
   }
 
-  FX_DEVICE void all_blocks(KvGrad& dk, KvGrad& dv, int steps) {
+  FX_DEVICE void all_blocks(KvGrad& dk, KvGrad& dv) {
     Scores s, dp;
     DqPart dq;
     start_scores(s, block);
@@ -507,7 +518,7 @@ class BwdCompute {
   }
 
   // The same with options, which leave registers for the products of one block only.
-  FX_DEVICE void blocks_with_options(KvGrad& dk, KvGrad& dv, int steps) {
+  FX_DEVICE void blocks_with_options(KvGrad& dk, KvGrad& dv) {
     Scores s, dp;
     Weights weights, ds;
     DqPart dq;
@@ -520,7 +531,7 @@ class BwdCompute {
       start_scores(s, block);
       start_gradients(dp);
       scores.prepare(head, block);
-      rest.rows[i].wait_full(parity);
+      rest.rows[i].wait(parity);
       wgmma_wait<1>();
       arrived(s);
       scores.weigh(s, rest.stats[i]);
@@ -528,7 +539,7 @@ class BwdCompute {
       arrived(dp);
       scores.differentiate(s, dp, weights, ds, rest.stats[i]);
       start_dv(dv, weights);
-      rest.rows[i].empty.arrive();
+      release_rows();
       rest.ds[i].wait_empty(parity);  // nobody reads the last but one any more
       store_operand(ds, shared.ds(i), 64 * id + warp_row);
       tell(rest.ds[i].full);

@@ -53,18 +53,14 @@ struct RingPosition {
   }
 };
 
-// One place. Of what the copy engine and wgmma read and write, one lane of a warp tells; of what lanes
-// read and write themselves each tells on its own.
+// One place: filled by the copy engine, emptied by warps.
 struct Place {
   Mbarrier full, empty;
 
-  // Filled by the copy engine, emptied by warps.
   FX_DEVICE void init(int readers) { full.init(1), empty.init(readers); }
-  // Filled and emptied by so many threads.
-  FX_DEVICE void init(int writers, int readers) { full.init(writers), empty.init(readers); }
   FX_DEVICE void wait_full(unsigned parity) { full.wait(parity); }
   FX_DEVICE void wait_empty(unsigned parity) { empty.wait(parity ^ 1); }
-  // Of one warp, whose products read no more.
+  // Of one warp: its products read no more.
   FX_DEVICE void release() {
     if (lane_id() == 0) empty.arrive();
   }
