@@ -39,10 +39,11 @@ struct BwdConfig {
   static constexpr bool kDqByRows = kBlockQ == 64 * kWarpgroups;
   static_assert(kDqByRows ? kHeadDim == 64 : kBlockQ == 64 && kHeadDim > 64 && kHeadDim <= 128);
   static constexpr int kLastDqCols = kDqByRows ? 64 : kHeadDim - 64;
-  // Named barriers: of all that compute, of each warpgroup, and of those that compute with the warp that
-  // puts what must be known of rows into one of two places.
   static constexpr int kComputing = kWarpgroups * kWarpgroup;
-  static constexpr int kAllBarrier = 1, kOwnBarrier = 2, kRowsBarrier = kOwnBarrier + kWarpgroups;
+  // Those who tell that they have read what must be known of rows: a lane of each warp, where the
+  // warpgroup meets at a barrier in between, else all lanes.
+  static constexpr bool kWarpTells = !kGeneral && !kTile.ds_in_registers;
+  static constexpr int kRowReaders = kWarpTells ? kComputing / kWarpSize : kComputing;
 
   using KvTile = SwizzledTile<T, kBlockKV, kHeadDim>;
   using QTile = SwizzledTile<T, kBlockQ, kHeadDim>;
@@ -78,8 +79,8 @@ struct BwdShared {
   static constexpr int kRest = kMask + 4 * Config::kWarpgroups * kMaskBytes;  // of each warp
   struct Rest {
     Stats stats[2];  // like the gradients: of the blocks in turn
-    Place q[Config::kQStages], grad_o[Config::kGradStages], ds[2], dq[Config::kWarpgroups];
-    Mbarrier rows[2], k, v;
+    Place q[Config::kQStages], rows[2], grad_o[Config::kGradStages], ds[2], dq[Config::kWarpgroups];
+    Mbarrier k, v;
     BwdTask task;  // here, because registers are dear
   };
   static constexpr int kBytes = kRest + static_cast<int>(sizeof(Rest));
@@ -106,7 +107,7 @@ struct BwdShared {
   FX_DEVICE void init() const {
     constexpr int kWarps = Config::kWarpgroups * kWarpgroup / kWarpSize;
     for (Place& place : rest().q) place.init(kWarps);
-    for (Mbarrier& barrier : rest().rows) barrier.init(1);
+    for (Place& place : rest().rows) place.init(Config::kRowReaders);
     for (Place& place : rest().grad_o) place.init(kWarps);
     for (Place& place : rest().ds) place.full.init(kWarps), place.empty.init(kWarps);
     for (Place& place : rest().dq) place.full.init(4), place.empty.init(1);
@@ -183,11 +184,12 @@ FX_DEVICE void load(const BwdArgs& args, const BwdTask& task, BwdShared<Config> 
 template <typename Config>
 FX_DEVICE void load_stats(const BwdArgs& args, const BwdTask& task, BwdShared<Config> shared) {
   constexpr int kAtOnce = 2;  // registers are few here, too
-  int step = 0;
+  RingPosition<2> at;
   for_each_block(args, task, [&](int head, int block) {
     const RowStats* first = args.stats + first_row_of(args, task, head) + block * Config::kBlockQ;
     const int rows = task.rows - block * Config::kBlockQ;
-    auto& stats = shared.rest().stats[step % 2];
+    Place& place = shared.rest().rows[at.stage];
+    auto& stats = shared.rest().stats[at.stage];
 #pragma unroll
     for (int row0 = 0; row0 < Config::kBlockQ; row0 += kAtOnce * kWarpSize) {
       RowStats x[kAtOnce];
@@ -196,8 +198,7 @@ FX_DEVICE void load_stats(const BwdArgs& args, const BwdTask& task, BwdShared<Co
         const int row = row0 + i * kWarpSize + static_cast<int>(lane_id());
         x[i] = row < rows ? first[row] : RowStats{INFINITY, 0.f};
       }
-      if (row0 == 0 && step > 1)  // all have read what was there before
-        barrier_wait(Config::kRowsBarrier + step % 2, kWarpSize + Config::kComputing);
+      if (row0 == 0) place.wait_empty(at.parity);
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int row = row0 + i * kWarpSize + static_cast<int>(lane_id());
@@ -205,8 +206,8 @@ FX_DEVICE void load_stats(const BwdArgs& args, const BwdTask& task, BwdShared<Co
       }
     }
     __syncwarp();  // all of it is there
-    if (lane_id() == 0) shared.rest().rows[step % 2].arrive();
-    ++step;
+    if (lane_id() == 0) place.full.arrive();
+    at.advance();
   });
 }
 
@@ -275,13 +276,13 @@ class BwdCompute {
         warp_row(uniform(static_cast<int>(warp_id()) % 4) * 16),
         scale(static_cast<float>(p.scale) * kLog2e),
         scores(p, task, shared.mask(4 * id + warp_row / 16), task.key0 + 64 * id + warp_row),
-        steps(args.heads_of_group * std::max(task.block_end - task.block_begin, 0)),
         block(task.block_end - 1),
         tail(p.cu_seqlens_q && task.rows % kBlockQ ? task.rows / kBlockQ : -1) {}
 
   FX_DEVICE void run() {
     KvGrad dk, dv;
     dk.clear(), dv.clear();
+    const int steps = args.heads_of_group * std::max(task.block_end - task.block_begin, 0);
     rest.k.wait(0);
     if (const int left = task.seq_kv - task.key0; p.cu_seqlens_k && left < kBlockKV) {
       if (steps > 0) rest.v.wait(0);
@@ -291,9 +292,9 @@ class BwdCompute {
       all_there();
     }
     if constexpr (Config::kGeneral) {
-      if (steps > 0) blocks_with_options(dk, dv);
+      if (steps > 0) blocks_with_options(dk, dv, steps);
     } else {
-      if (steps > 0) all_blocks(dk, dv);
+      if (steps > 0) all_blocks(dk, dv, steps);
     }
     dk.for_each([&](float& x, int, int, int) { x *= static_cast<float>(p.scale); });
     if constexpr (Config::kDropout) {
@@ -314,7 +315,6 @@ class BwdCompute {
   const int id, warp_row;
   const float scale;
   BwdScoresOf<Config> scores;
-  const int steps;  // blocks of rows, of all heads
   // Of this block of rows, of the one before and of the next one.
   int block, head = 0, last_head = 0;
   const int tail;  // the block that ends behind a packed sequence's last row
@@ -323,13 +323,8 @@ class BwdCompute {
   int last_q = 0;  // a stage
   RingPosition<Config::kGradStages> grad_at;
 
-  FX_DEVICE void all_there() { barrier_wait(Config::kAllBarrier, kComputing); }
-  FX_DEVICE void wait_for_warpgroup() { barrier_wait(Config::kOwnBarrier + id, kWarpgroup); }
-  // This block's rows are known no more; others take their place. A warp tells this with a barrier of
-  // threads, which counts it at once, where an mbarrier would count its lanes.
-  FX_DEVICE void release_rows() {
-    if (step + 2 < steps) barrier_arrive(Config::kRowsBarrier + step % 2, kWarpSize + kComputing);
-  }
+  FX_DEVICE void all_there() { barrier_wait(1, kComputing); }
+  FX_DEVICE void wait_for_warpgroup() { barrier_wait(2 + id, kWarpgroup); }
 
   FX_DEVICE void clear_tail(typename Config::QTile tile, int of_block) {
     if (of_block != tail) return;
@@ -445,7 +440,7 @@ class BwdCompute {
   template <bool kFirst, bool kMore>
   FX_DEVICE void one_block(KvGrad& dk, KvGrad& dv, Scores& s, Scores& dp, DqPart& dq) {
     Weights weights, ds;
-    rest.rows[step % 2].wait(step / 2 % 2);
+    rest.rows[step % 2].wait_full(step / 2 % 2);
     weigh(s);
     // So late because the fence in it waits for what was written.
     if (!kFirst && step > 1) tell(rest.dq[id].full);
@@ -456,7 +451,7 @@ class BwdCompute {
     if constexpr (Config::kTile.early_dv) start_dv(dv, weights);
     rest.ds[step % 2].wait_empty(step / 2 % 2);  // nobody reads the last but one any more
     differentiate(dp, s, ds);
-    release_rows();
+    if constexpr (!Config::kWarpTells) rest.rows[step % 2].empty.arrive();
     if constexpr (!Config::kTile.early_dv) round(s, weights), start_dv(dv, weights);
     if constexpr (!kFirst) {
       rest.ds[(step - 1) % 2].wait_full((step - 1) / 2 % 2);  // the gradients of both
@@ -468,7 +463,8 @@ class BwdCompute {
     if constexpr (Config::kTile.ds_in_registers) start_dk(dk, ds);
     tell(rest.ds[step % 2].full);  // its fence waits while products run
     if constexpr (!Config::kTile.ds_in_registers) {
-      wait_for_warpgroup();  // the gradients of its own keys are there
+      wait_for_warpgroup();  // the gradients of its own keys are there, and all lanes have read rows
+      rest.rows[step % 2].release();
       start_dk(dk, ds);
     }
     wgmma_wait<1 + kMore>();
@@ -490,7 +486,7 @@ class BwdCompute {
     }
   }
 
-  FX_DEVICE void all_blocks(KvGrad& dk, KvGrad& dv) {
+  FX_DEVICE void all_blocks(KvGrad& dk, KvGrad& dv, int steps) {
     Scores s, dp;
     DqPart dq;
     start_scores(s, block);
@@ -518,7 +514,7 @@ class BwdCompute {
   }
 
   // The same with options, which leave registers for the products of one block only.
-  FX_DEVICE void blocks_with_options(KvGrad& dk, KvGrad& dv) {
+  FX_DEVICE void blocks_with_options(KvGrad& dk, KvGrad& dv, int steps) {
     Scores s, dp;
     Weights weights, ds;
     DqPart dq;
@@ -531,7 +527,7 @@ class BwdCompute {
       start_scores(s, block);
       start_gradients(dp);
       scores.prepare(head, block);
-      rest.rows[i].wait(parity);
+      rest.rows[i].wait_full(parity);
       wgmma_wait<1>();
       arrived(s);
       scores.weigh(s, rest.stats[i]);
@@ -539,7 +535,7 @@ class BwdCompute {
       arrived(dp);
       scores.differentiate(s, dp, weights, ds, rest.stats[i]);
       start_dv(dv, weights);
-      release_rows();
+      rest.rows[i].empty.arrive();
       rest.ds[i].wait_empty(parity);  // nobody reads the last but one any more
       store_operand(ds, shared.ds(i), 64 * id + warp_row);
       tell(rest.ds[i].full);
@@ -594,9 +590,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         block_of_group(blockIdx.x, args.blocks_kv, args.groups, args.groups_at_once);
     task =
         bwd_task<Config::kBlockKV, Config::kBlockQ>(args, group * args.heads_of_group, key_block);
-    prefetch(args.q_map), prefetch(args.k_map), prefetch(args.v_map), prefetch(args.grad_o_map);
-    shared.init();
   }
+  if (threadIdx.x == kWarpSize) shared.init();
+  if (threadIdx.x == 2 * kWarpSize)
+    prefetch(args.q_map), prefetch(args.k_map), prefetch(args.v_map), prefetch(args.grad_o_map);
   if constexpr (Config::kGeneral)
     if (args.seen.ranges && threadIdx.x < kWarpSize) {
       __syncwarp();  // the task is there
