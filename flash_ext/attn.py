@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import arguments, backends
+from . import arguments, backends, usual
 from .math import attention, attention_varlen, run
 
 if backends.native is not None:
@@ -86,7 +86,7 @@ def attn(
         attn_mask is None and alibi_slopes is None and sinks is None and backend is None
         and not (dropout_p or softcap or return_lse)
     ):  # fmt: skip
-        out = _plain(
+        out = _usual(
             query, key, value, is_causal, scale, enable_gqa, window, causal_align, layout, deterministic,
         )  # fmt: skip
         if out is not None:
@@ -162,27 +162,30 @@ def attn_varlen(
     return (out, lse) if return_lse else out
 
 
-def _plain(query, key, value, is_causal, scale, enable_gqa, window, causal_align, layout, deterministic):
-    """The usual call, said shortly, which spares a quarter of its time; None where the long way is needed."""
+def _usual(query, key, value, is_causal, scale, enable_gqa, window, causal_align, layout, deterministic):
+    """The usual call, said shortly, which spares half of its time on the host; None where the long way is needed."""
+    by_token = layout == "bshd"
+    top_left = causal_align == "top_left"
     if not (
         type(query) is type(key) is type(value) is Tensor
-        and query.ndim == key.ndim == value.ndim == 4
         and backends.surely_native(query, value, None)
         and _only_autograd()
+        and (by_token or layout == "bhsd")
+        and (top_left or causal_align == "bottom_right")
+        and (enable_gqa or query.ndim == key.ndim == 4 and query.shape[1 + by_token] == key.shape[1 + by_token])
     ):
         return None
-    # As in arguments.dense.
-    if layout not in ("bhsd", "bshd") or causal_align not in ("bottom_right", "top_left"):
-        return None
-    by_token = layout == "bshd"
-    if not enable_gqa and query.shape[1 + by_token] != key.shape[1 + by_token]:
-        return None
+    # As in arguments.dense, scale and the output's place in memory, too.
     left, right = (-1, -1) if window is None else arguments.sides(window)
     if is_causal:
         right = 0
+    if usual.call is not None and torch._C._get_tracing_state() is None:
+        return usual.call(query, key, value, scale, left, right, top_left, by_token, deterministic)
+    if not query.ndim == key.ndim == value.ndim == 4:
+        return None
     if scale is None:
         scale = query.shape[-1] ** -0.5 if query.shape[-1] else 1.0
-    place = scale, left, right, causal_align == "top_left", by_token or arguments.lies_by_token(query, value)
+    place = scale, left, right, top_left, by_token or arguments.lies_by_token(query, value)
     if not _needs_gradients(query, key, value):
         with torch._C._AutoDispatchBelowAutograd():
             if not by_token:
