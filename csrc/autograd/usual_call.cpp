@@ -27,7 +27,8 @@ using OptionalTensor = std::optional<Tensor>;
 // What the op of a call is told of it besides its tensors.
 struct Call {
   double scale;
-  int64_t window_right;
+  int64_t window_left, window_right;
+  bool top_left;
   bool deterministic;
   bool bshd;  // q, k, v, out and their gradients are [batch, seq, heads, head_dim]
 };
@@ -50,7 +51,8 @@ Tensor attn_plain(const Tensor& q, const Tensor& k, const Tensor& v, const Call&
   using Op =
       Tensor(const Tensor&, const Tensor&, const Tensor&, double, int64_t, int64_t, bool, bool);
   static const auto plain = op<Op>("flash_ext::attn_plain");
-  return plain.call(q, k, v, call.scale, -1, call.window_right, false, out_bshd);
+  return plain.call(q, k, v, call.scale, call.window_left, call.window_right, call.top_left,
+                    out_bshd);
 }
 
 std::tuple<Tensor, Tensor> attn_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -61,8 +63,8 @@ std::tuple<Tensor, Tensor> attn_fwd(const Tensor& q, const Tensor& k, const Tens
       const OptionalTensor&, bool, int64_t);
   static const auto fwd = op<Op>("flash_ext::attn_fwd");
   const OptionalTensor none;
-  return fwd.call(q, k, v, call.scale, -1, call.window_right, false, out_bshd, 0.0, 0.0, none, none,
-                  none, none, false, 0);
+  return fwd.call(q, k, v, call.scale, call.window_left, call.window_right, call.top_left, out_bshd,
+                  0.0, 0.0, none, none, none, none, false, 0);
 }
 
 // The gradients of q, k and v, all as the caller has his tensors.
@@ -73,8 +75,9 @@ variable_list gradients(const Tensor& grad_out, const Tensor& q, const Tensor& k
                                                 int64_t, int64_t, bool, bool);
   static const auto bwd = op<Op>("flash_ext::attn_plain_bwd");
   const auto in = [&](const Tensor& x) { return heads_first(x, call.bshd); };
-  auto [dq, dk, dv] = bwd.call(in(grad_out), in(q), in(k), in(v), in(out), lse, call.scale, -1,
-                               call.window_right, false, call.deterministic);
+  auto [dq, dk, dv] =
+      bwd.call(in(grad_out), in(q), in(k), in(v), in(out), lse, call.scale, call.window_left,
+               call.window_right, call.top_left, call.deterministic);
   if (!call.bshd) return {std::move(dq), std::move(dk), std::move(dv)};
   return {in(dq), in(dk), in(dv)};
 }
@@ -120,7 +123,9 @@ struct AttnPlainBackward : torch::autograd::Node {
     args.collect(out, true);
     args.collect(lse, false);
     args.collect(call.scale);
+    args.collect(call.window_left);
     args.collect(call.window_right);
+    args.collect(call.top_left);
     args.collect(call.deterministic);
     args.collect(call.bshd);
   }
@@ -134,7 +139,9 @@ struct AttnPlainBackward : torch::autograd::Node {
     packed.pack(out.unpack(getptr()));
     packed.pack(lse.unpack());
     packed.pack(call.scale);
+    packed.pack(call.window_left);
     packed.pack(call.window_right);
+    packed.pack(call.top_left);
     packed.pack(call.deterministic);
     packed.pack(call.bshd);
     const auto args = std::move(packed).vec();
@@ -160,7 +167,9 @@ struct AttnPlainBackward : torch::autograd::Node {
     for (Tensor& tensor : x) tensor = packed.unpack<Tensor>();
     Call call;
     call.scale = packed.unpack<double>();
+    call.window_left = packed.unpack<int64_t>();
     call.window_right = packed.unpack<int64_t>();
+    call.top_left = packed.unpack<bool>();
     call.deterministic = packed.unpack<bool>();
     call.bshd = packed.unpack<bool>();
     const Tensor grad_out = grads[0].defined() ? grads[0] : at::zeros_like(x[3]);
@@ -203,9 +212,12 @@ Tensor differentiable(const Tensor& q, const Tensor& k, const Tensor& v, const C
   return out;
 }
 
+// As in flash_ext/arguments.py.
+bool lies_by_token(const Tensor& x) { return !x.is_contiguous() && x.stride(1) < x.stride(2); }
+
 // Nothing where the long way is needed.
-OptionalTensor attn_usual(Tensor q, Tensor k, Tensor v, int64_t window_right,
-                          std::optional<double> scale, bool bshd,
+OptionalTensor attn_usual(Tensor q, Tensor k, Tensor v, std::optional<double> scale,
+                          int64_t window_left, int64_t window_right, bool top_left, bool bshd,
                           std::optional<bool> deterministic) {
   if (q.dim() != 4 || k.dim() != 4 || v.dim() != 4 || has_tangent(q) || has_tangent(k) ||
       has_tangent(v))
@@ -218,8 +230,12 @@ OptionalTensor attn_usual(Tensor q, Tensor k, Tensor v, int64_t window_right,
   const int64_t head_dim = q.size(3);
   // As in flash_ext/arguments.py, whose ** is pow.
   const Call call{scale.value_or(head_dim ? std::pow(static_cast<double>(head_dim), -0.5) : 1.0),
-                  window_right, false, bshd};
-  const bool out_bshd = bshd || (!q.is_contiguous() && q.stride(1) < q.stride(2));
+                  window_left,
+                  window_right,
+                  top_left,
+                  false,
+                  bshd};
+  const bool out_bshd = bshd || lies_by_token(q) || lies_by_token(v);
   if (torch::autograd::compute_requires_grad(q, k, v)) {
     Call with_gradients = call;
     with_gradients.deterministic =
@@ -234,8 +250,9 @@ OptionalTensor attn_usual(Tensor q, Tensor k, Tensor v, int64_t window_right,
 
 TORCH_LIBRARY_FRAGMENT(flash_ext, m) {
   m.def(
-      "attn_usual(Tensor q, Tensor k, Tensor v, int window_right, float? scale, bool bshd, bool? "
-      "deterministic) -> Tensor?",
+      "attn_usual(Tensor q, Tensor k, Tensor v, float? scale, int window_left, int window_right, "
+      "bool "
+      "top_left, bool bshd, bool? deterministic) -> Tensor?",
       attn_usual);
 }
 

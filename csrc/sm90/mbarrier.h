@@ -60,7 +60,7 @@ struct Place {
   FX_DEVICE void init(int readers) { full.init(1), empty.init(readers); }
   FX_DEVICE void wait_full(unsigned parity) { full.wait(parity); }
   FX_DEVICE void wait_empty(unsigned parity) { empty.wait(parity ^ 1); }
-  // Of one warp: it reads no more.
+  // Of one warp: its products read no more.
   FX_DEVICE void release() {
     if (lane_id() == 0) empty.arrive();
   }
