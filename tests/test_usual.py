@@ -58,7 +58,11 @@ def packed(layout, device="cpu"):
 @pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"deterministic": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scale": 0.3}, {"deterministic": True}, {"window": (40, 5)}, {"window": (40, 5), "causal_align": "top_left"}],
+    ids=str,
+)
 def test_bit_for_bit(options, is_causal, dtype, device):
     if device == "cuda" and dtype == torch.float64:
         pytest.skip("the gpu backend has no such dtype")
@@ -366,7 +370,7 @@ def test_compiled_autograd(layout):
     with torch._dynamo.config.patch(compiled_autograd=True):
         for factor in (1, 2):
             qkv, q, k, v = packed(layout)
-            out = flash_ext.attn(q, k, v * factor, is_causal=True, layout=layout).sum()
+            out = flash_ext.attn(q, k, v * factor, window=(3, 1), causal_align="top_left", layout=layout).sum()
             (expected,) = torch.autograd.grad(out, qkv, retain_graph=True)
             with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
                 out.backward()
