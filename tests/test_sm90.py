@@ -74,7 +74,8 @@ def test_memory_of_gradients(head_dim, deterministic):
     results = 2 * sum(x.numel() for x in leaves)
     sums = 0 if wide else 4 * head_dim
     turns = rows / 64 * 8 if deterministic and not wide else 0
-    assert torch.cuda.max_memory_allocated() - before <= results + rows * (sums + 8) + turns + 2**16
+    rounding = 2**21  # of each of the allocator's large blocks, of which the sums are one, and gradients three
+    assert torch.cuda.max_memory_allocated() - before <= results + rows * (sums + 8) + turns + 4 * rounding
 
 
 @dtypes

@@ -65,7 +65,7 @@ struct DkvShared {
     constexpr int kWarps = 2 * kWarpgroup / kWarpSize;  // both warpgroups read all of it
     for (Place& place : rest().q) place.init(kWarps);
     for (Place& place : rest().grad_o) place.init(kWarps);
-    for (Mbarrier& barrier : rest().rows) barrier.init(1);
+    for (Mbarrier& barrier : rest().rows) barrier.init(kWarpSize);
     rest().k.init(1), rest().v.init(1);
     Mbarrier::publish_init();
   }
@@ -118,8 +118,7 @@ FX_DEVICE void load_stats_for_dkv(const BwdArgs& args, const BwdTask& task,
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       stats.lse[i * kWarpSize + lane] = x[i].lse, stats.delta[i * kWarpSize + lane] = x[i].delta;
-    __syncwarp();  // all of it is there
-    if (lane == 0) shared.rest().rows[at.stage].arrive();
+    shared.rest().rows[at.stage].arrive();  // of all lanes: all of it is there
     at.advance();
   });
 }

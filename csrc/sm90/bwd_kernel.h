@@ -107,7 +107,7 @@ struct BwdShared {
   FX_DEVICE void init() const {
     constexpr int kWarps = Config::kWarpgroups * kWarpgroup / kWarpSize;
     for (Place& place : rest().q) place.init(kWarps);
-    for (Place& place : rest().rows) place.init(Config::kRowReaders);
+    for (Place& place : rest().rows) place.init(Config::kRowReaders, kWarpSize);
     for (Place& place : rest().grad_o) place.init(kWarps);
     for (Place& place : rest().ds) place.full.init(kWarps), place.empty.init(kWarps);
     for (Place& place : rest().dq) place.full.init(4), place.empty.init(1);
@@ -205,8 +205,7 @@ FX_DEVICE void load_stats(const BwdArgs& args, const BwdTask& task, BwdShared<Co
         stats.lse[row] = x[i].lse, stats.delta[row] = x[i].delta;
       }
     }
-    __syncwarp();  // all of it is there
-    if (lane_id() == 0) place.full.arrive();
+    place.full.arrive();  // of all lanes: all of it is there
     at.advance();
   });
 }
