@@ -1,5 +1,7 @@
 """The extension module flash_ext._C: csrc/ compiled by torch.utils.cpp_extension. The rest is in pyproject.toml.
 
+csrc/autograd becomes a library of its own, for the installed torch alone; flash_ext does without it under any other.
+
 FLASH_EXT_DEVICE      auto (what the installed torch was built for), cpu, cuda or rocm; the last two need no GPU and no
                       GPU build of torch, only the toolkit
 TORCH_CUDA_ARCH_LIST  CUDA architectures, as torch reads it: "8.0+PTX;9.0a"
@@ -23,6 +25,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+USUAL = "flash_ext._usual"  # the library of csrc/autograd
 sys.path.insert(0, str(ROOT / "build_backend"))
 from toolchain import choose_device, cuda_archs, fail, host_compiler, import_torch, note, rocm_archs  # noqa: E402
 
@@ -59,6 +62,12 @@ def hipify(copy, sources):
     return [Path(done[path].hipified_path or path) for path in copies]
 
 
+def remove_libraries(folder):
+    """Those of csrc/autograd: what is not built again is for another torch, or of older sources."""
+    for path in (folder / "flash_ext").glob("_usual-*"):
+        path.unlink()
+
+
 def native():
     """setup()'s arguments for the extension; it needs torch."""
     torch, cpp_extension = import_torch()
@@ -71,9 +80,11 @@ def native():
     # One folder for each way to build, so that the next build compiles only what has changed.
     build_temp = ROOT / "build/native" / re.sub(r"[^\w.+-]+", "-", f"{device}-{mode}-torch{torch.__version__}")
     csrc, sources = CSRC, [*CSRC.rglob("*.cpp"), *(CSRC.rglob("*.cu") if gpu else [])]
+    sources = [path for path in sources if CSRC / "autograd" not in path.parents]
     macros = [("TORCH_TARGET_VERSION", "0x020a000000000000")]  # torch's stable ABI, of version 2.10
     library_dirs, libraries, archs, gpu_flags = [], [], platform.machine(), []
-    link_flags = [*flags, *(["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else [])]
+    host_link_flags = [*flags, *(["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else [])]
+    link_flags = list(host_link_flags)
     if device == "cuda":
         cpp_extension.CUDA_HOME = gpu.home  # torch itself looks for it only where it is a CUDA build
         archs, gpu_flags = cuda_archs(gpu)
@@ -105,6 +116,26 @@ def native():
             throw_away = Path(sys.exec_prefix, "include")  # of uv's build environment: another path in every build
             self.include_dirs = [path for path in self.include_dirs if Path(path) != throw_away]
 
+        def get_ext_filename(self, name):
+            path = super().get_ext_filename(name)
+            if name not in (USUAL, USUAL.rpartition(".")[2]):  # it comes with and without the package
+                return path
+            # As flash_ext/usual.py looks for it. It knows nothing of Python, but is for this torch alone.
+            commit = str(torch.version.git_version)[:8]
+            return str(Path(path).with_name(f"_usual-{torch.__version__}-{commit}.so"))
+
+        def copy_extensions_to_source(self):
+            remove_libraries(ROOT)
+            super().copy_extensions_to_source()
+
+        def build_extension(self, extension):
+            try:
+                super().build_extension(extension)
+            except Exception as error:
+                if extension.name != USUAL:
+                    raise
+                note(f"autograd's node in C++ is left out, the one in Python takes its place ({error})")
+
         def build_extensions(self):
             compilers = ", ".join(str(compiler) for compiler in (cxx, gpu) if compiler)
             note(f"building {device} ({archs}) with {compilers} for torch {torch.__version__}, {mode}")
@@ -122,6 +153,7 @@ def native():
             if not header.is_file() or header.read_text() != text:
                 build_temp.mkdir(parents=True, exist_ok=True)
                 header.write_text(text)
+            remove_libraries(Path(self.build_lib))
             try:
                 super().build_extensions()
             except Exception as error:
@@ -139,7 +171,15 @@ def native():
         extra_link_args=link_flags,
         py_limited_api=True,
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+    usual = cpp_extension.CppExtension(
+        USUAL,
+        [os.path.relpath(path, ROOT) for path in (CSRC / "autograd").glob("*.cpp")],
+        extra_compile_args={"cxx": cxx_flags},
+        extra_link_args=host_link_flags,
+        py_limited_api=True,
+        optional=True,
+    )
+    return {"ext_modules": [extension, usual], "cmdclass": {"build_ext": Build}}
 
 
 # The metadata and an sdist are made without torch.

@@ -37,7 +37,7 @@ def measure(name, model, tokens, options, tick):
     expected = logits["eager"]
     errors = {a: ((x - expected).norm() / expected.norm()).item() for a, x in logits.items() if a != "eager"}
     calls = {attention: lambda attention=attention: prefill(attention) for attention in ATTENTION}
-    seconds = interleaved(calls, options.rounds, 0.02, device=device, on_round=tick)
+    seconds = interleaved(calls, options.rounds, 0.1, device=device, on_round=tick)
     return {"model": name, "tokens": tokens, "seconds": seconds, "errors": errors}
 
 

@@ -15,8 +15,7 @@ def dense(
     if query.ndim != 4:
         fail("q", _LAYOUTS.get(layout, "4 dimensions"), list(query.shape))
     if layout == "bhsd":
-        # The output lies in memory as q does, so that transpose(1, 2).reshape(...) after attention is a view.
-        out_bshd = not query.is_contiguous() and query.stride(1) < query.stride(2)
+        out_bshd = lies_by_token(query, value)
     elif layout == "bshd":
         query, key, value = query.transpose(1, 2), _transpose("k", key), _transpose("v", value)
         out_bshd = True
@@ -49,6 +48,15 @@ def varlen(
     return q, k, v, *lengths, *place, *options
 
 
+def lies_by_token(query, value):
+    """Whether the result of a call with layout="bhsd" lies in memory as [batch, seq_q, heads_q, head_dim_v].
+
+    As one of these does, so that transpose(1, 2).flatten(2) after attention is a view: a model by tokens may have
+    copied query for its rotary embedding, but hardly value.
+    """
+    return any(not x.is_contiguous() and x.ndim == 4 and x.stride(1) < x.stride(2) for x in (query, value))
+
+
 _LAYOUTS = {"bhsd": "[batch, heads_q, seq_q, head_dim]", "bshd": "[batch, seq_q, heads_q, head_dim]"}
 
 
@@ -63,7 +71,7 @@ def _options(
 ):  # fmt: skip
     left = right = -1
     if window is not None:
-        left, right = _window(window)
+        left, right = sides(window)
     if is_causal:
         right = 0  # of a window's right side and this, the smaller
     if scale is None:
@@ -91,7 +99,8 @@ def _options(
     )  # fmt: skip
 
 
-def _window(window):
+def sides(window):
+    """(left, right) of the argument `window`."""
     try:
         left, right = window
     except (TypeError, ValueError):

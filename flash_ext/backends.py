@@ -267,5 +267,8 @@ def build_info() -> dict[str, str]:
     info = {"flash_ext": __version__, "torch": torch.__version__}
     if native is None:
         return info | {"extension": f"not loaded: {native_error}"}
+    from . import usual
+
     built = native.build_info()
-    return info | {"extension": "loaded", "build_torch": built.pop("torch")} | built
+    info |= {"extension": "loaded", "autograd": "C++" if usual.call else f"Python: {usual.obstacle}"}
+    return info | {"build_torch": built.pop("torch")} | built

@@ -182,23 +182,38 @@ class Attn(Function):
 
 
 class AttnPlain(Function):
-    """Attn without options, for callers who know that what surrounds the call asks for nothing but autograd."""
+    """Attn without options, for callers who know that what surrounds the call asks for nothing but autograd.
+
+    by_token: tensors are [batch, seq, heads, head_dim]. They are transposed here, where autograd does not watch.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, v, scale, window_right, out_bshd, deterministic):
+    def forward(ctx, q, k, v, by_token, scale, window_left, window_right, top_left, out_bshd, deterministic):
         with below_autograd():
-            out, lse = ops.attn_fwd.default(q, k, v, scale, -1, window_right, False, out_bshd)
+            views = (x.transpose(1, 2) for x in (q, k, v)) if by_token else (q, k, v)
+            out, lse = ops.attn_fwd.default(*views, scale, window_left, window_right, top_left, out_bshd)
+            if by_token:
+                out = out.transpose(1, 2)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.place = scale, -1, window_right, False, deterministic
+        ctx.by_token, ctx.place = by_token, (scale, window_left, window_right, top_left, deterministic)
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        args = grad_out, *ctx.saved_tensors, *ctx.place
+        *tensors, lse = grad_out, *ctx.saved_tensors
         if nothing_to_differentiate():
             with below_autograd():
-                return *ops.attn_plain_bwd.default(*args), None, None, None, None
-        return *ops.attn_bwd.default(*as_attn_bwd(*args))[:3], None, None, None, None
+                grads = AttnPlain.gradients(ops.attn_plain_bwd.default, tensors, lse, ctx)
+        else:
+            grads = AttnPlain.gradients(lambda *args: ops.attn_bwd.default(*as_attn_bwd(*args))[:3], tensors, lse, ctx)
+        return *grads, *(None,) * 7
+
+    @staticmethod
+    def gradients(op, tensors, lse, ctx):
+        if ctx.by_token:
+            tensors = (x.transpose(1, 2) for x in tensors)
+        grads = op(*tensors, lse, *ctx.place)
+        return (x.transpose(1, 2) for x in grads) if ctx.by_token else grads
 
 
 # Neither the dispatcher nor a kernel in Python: a fifth of a training step's time on the host.

@@ -1,7 +1,8 @@
 """Runs every GPU kernel once (float16 has bfloat16's code), for NVIDIA's checker; the tests check the results.
 
 compute-sanitizer --tool memcheck python tests/gpu_sanitizer.py
-compute-sanitizer --tool racecheck python tests/gpu_sanitizer.py [sm90]       # Hopper's kernels alone
+compute-sanitizer --tool racecheck python tests/gpu_sanitizer.py sm90           # Hopper's kernels alone
+compute-sanitizer --tool racecheck python tests/gpu_sanitizer.py sm90 64 128    # of these head_dims alone
 compute-sanitizer --tool synccheck python tests/gpu_sanitizer.py
 """
 
@@ -26,8 +27,8 @@ def step(q, k, v, backend="gpu", **options):
     torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
 
-def hopper():
-    for head_dim in SM90_HEAD_DIMS:
+def hopper(head_dims):
+    for head_dim in head_dims:
         for deterministic in (False, True):
             step(*tensors(head_dim, torch.bfloat16, 300, 400), "sm90", is_causal=True, deterministic=deterministic)
         step(*tensors(head_dim, torch.bfloat16, 300, 300, heads_kv=2), "sm90", window=(60, 20))
@@ -64,10 +65,12 @@ def masks():
 
 
 def main():
-    masks()
+    kind, *only = sys.argv[1:] or ("all",)
+    if not only:
+        masks()
     if torch.cuda.get_device_capability() == (9, 0) and "sm_90a" in backends.native.build_info()["archs"]:
-        hopper()
-    if sys.argv[1:] == ["sm90"]:
+        hopper([int(head_dim) for head_dim in only] or SM90_HEAD_DIMS)
+    if kind == "sm90":
         return
     for dtype in (torch.bfloat16, torch.float32):
         for head_dim in HEAD_DIMS:

@@ -145,13 +145,13 @@ def test_the_usual_call_runs_the_plain_op():
         out = flash_ext.attn(*by_token, is_causal=is_causal)
         assert out.transpose(1, 2).is_contiguous()
         close(out, flash_ext.math(q, k, v, is_causal=is_causal))
+    for options in (dict(window=(2, 2)), dict(causal_align="top_left"), dict(scale=0.5)):
+        assert "flash_ext.attn_plain.default" in ran(**options)[0]
     for options in (
-        dict(window=(2, 2)), dict(softcap=2.0), dict(backend="cpu"), dict(return_lse=True), dict(dropout_p=0.1),
-        dict(causal_align="top_left"), dict(sinks=torch.zeros(q.shape[1])), dict(scale=0.5),
+        dict(softcap=2.0), dict(backend="cpu"), dict(return_lse=True), dict(dropout_p=0.1),
+        dict(sinks=torch.zeros(q.shape[1])),
     ):  # fmt: skip
-        names, _ = ran(**options)
-        wanted = "plain" if "scale" in options else "fwd"
-        assert f"flash_ext.attn_{wanted}.default" in names
+        assert "flash_ext.attn_fwd.default" in ran(**options)[0]
     q.requires_grad_()
     with torch.no_grad():
         assert ran()[0] == ["flash_ext.attn_plain.default"]
@@ -164,7 +164,7 @@ def test_the_usual_call_with_gradients(is_causal):
     leaves = [x.requires_grad_() for x in tensors(torch.float32)[:3]]
     grad = torch.randn_like(flash_ext.math(*leaves))
     out = flash_ext.attn(*leaves, is_causal=is_causal)
-    assert type(out.grad_fn).__name__ == "AttnPlainBackward"
+    assert out.grad_fn.name() == "AttnPlainBackward"
     found = torch.autograd.grad(out, leaves, grad)
     long = ops.attn_fwd(*leaves, leaves[0].shape[-1] ** -0.5, -1, 0 if is_causal else -1)[0]
     assert torch.equal(out, long)

@@ -51,6 +51,30 @@ def test_output_lies_as_the_layout_says(backend):
     qkv = torch.randn(2, 5, 3, 4, 8)
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
     assert flash_ext.attn(q, k, v, backend=backend).transpose(1, 2).is_contiguous()
+    turned = q.contiguous()  # as by a rotary embedding
+    assert flash_ext.attn(turned, turned, v, backend=backend).transpose(1, 2).is_contiguous()
+    assert flash_ext.attn(turned, turned, turned, backend=backend).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True}, {"window": (2, 1)}, {"window": (2, 2), "is_causal": True}]
+)
+@pytest.mark.parametrize("causal_align", ["bottom_right", "top_left"])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("needs_gradients", [False, True])
+def test_usual_calls_are_the_long_way_made_short(options, causal_align, layout, needs_gradients):
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 6)
+    if layout == "bshd":
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    tensors = [x.requires_grad_(needs_gradients) for x in (q, k, v)]
+    options |= {"causal_align": causal_align, "layout": layout}
+    short = flash_ext.attn(*tensors, **options)
+    long, _ = flash_ext.attn(*tensors, **options, return_lse=True)
+    assert torch.equal(short, long) and short.stride() == long.stride()
+    if needs_gradients:
+        grad_out = torch.randn_like(short)
+        grads, others = (torch.autograd.grad(out, tensors, grad_out) for out in (short, long))
+        assert all(map(torch.equal, grads, others))
 
 
 def test_layouts_agree():

@@ -46,6 +46,38 @@ def test_enough_shared_cases_are_supported():
     assert sum(supported(case, torch.bfloat16) for case in CASES) >= 10
 
 
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+def test_gradients_repeat_a_thousand_times(head_dim):
+    leaves = [normal(2, heads, 700, head_dim).requires_grad_() for heads in (8, 2, 2)]
+    out = flash_ext.attn(*leaves, is_causal=True, deterministic=True, backend="sm90")
+    grad_out = torch.randn_like(out)
+
+    def gradients():
+        return torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
+
+    first = gradients()
+    assert all(all(map(torch.equal, gradients(), first)) for _ in range(1000))
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_memory_of_gradients(head_dim, deterministic):
+    """What docs/design.md, sections 9 and 10, say: nothing is copied or expanded."""
+    leaves = [normal(4, heads, 2048, head_dim).requires_grad_() for heads in (16, 2, 2)]
+    out = flash_ext.attn(*leaves, is_causal=True, deterministic=deterministic, backend="sm90")
+    grad_out = torch.randn_like(out)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.grad(out, leaves, grad_out)
+    rows, wide = 4 * 16 * 2048, head_dim > 128
+    results = 2 * sum(x.numel() for x in leaves)
+    sums = 0 if wide else 4 * head_dim
+    turns = rows / 64 * 8 if deterministic and not wide else 0
+    rounding = 2**21  # of each of the allocator's large blocks, of which the sums are one, and gradients three
+    assert torch.cuda.max_memory_allocated() - before <= results + rows * (sums + 8) + turns + 4 * rounding
+
+
 @dtypes
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("head_dim", [8, 24, 32, 40, 64, 72, 80, 96, 104, 128, 136, 192, 200, 256])

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "../checks.h"
@@ -121,23 +122,30 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, DType dtype)
   return empty(like, sizes, contiguous_strides(sizes), dtype);
 }
 
-// As t lies in memory where its elements lie side by side, else as torch's empty_like has it. That one
-// goes through the dispatcher by its name, which takes longer than the allocation.
+// With the strides of torch's empty_like: t's own where its elements lie side by side, else such that
+// they do, in the same order of dimensions. That function goes through the dispatcher by its name,
+// which takes longer than the allocation; it is left what has no clear order, expanded dimensions.
 Tensor empty_like(const Tensor& t, DType dtype) {
   const std::vector<int64_t> sizes = sizes_of(t);
-  std::vector<int64_t> strides(sizes.size()), inner_first;
-  for (size_t d = 0; d < sizes.size(); ++d) {
+  const int64_t rank = t.dim();
+  std::vector<int64_t> strides(rank), inner_first(rank);
+  for (int64_t d = 0; d < rank; ++d) {
     strides[d] = t.stride(d);
-    if (sizes[d] != 1) inner_first.push_back(d);
+    inner_first[d] = rank - 1 - d;
+    if (strides[d] == 0 || sizes[d] == 0) return stable::empty_like(t);
   }
-  std::sort(inner_first.begin(), inner_first.end(),
-            [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
-  int64_t expected = 1;
+  std::stable_sort(inner_first.begin(), inner_first.end(), [&](int64_t a, int64_t b) {
+    return std::pair(strides[a], sizes[a]) < std::pair(strides[b], sizes[b]);
+  });
+  std::vector<int64_t> dense(rank);
+  bool is_dense = true;
+  int64_t stride = 1;
   for (int64_t d : inner_first) {
-    if (strides[d] != expected) return stable::empty_like(t);
-    expected *= sizes[d];
+    is_dense = is_dense && (sizes[d] == 1 || strides[d] == stride);
+    dense[d] = stride;
+    stride *= sizes[d];
   }
-  return expected > 0 ? empty(t, sizes, strides, dtype) : stable::empty_like(t);
+  return empty(t, sizes, is_dense ? strides : dense, dtype);
 }
 
 // q, k, v against each other; fills the sizes and views.

@@ -24,18 +24,22 @@ BwdLauncher launcher_of_dtype(int head_dim) {
   }
 }
 
-// Of wide heads. Blocks of keys of one group together read its rows at the same time, so groups best
-// follow each other. Where a mask makes some blocks longer than others, groups of two rounds run together,
-// the longest ones first, so that the device is busy to the end; always as many, or the last would end
-// with long ones.
-int wide_groups_at_once(const flash_ext::BwdArgs& args, const GpuFacts& gpu) {
+// How many groups run together. Blocks of keys of one group read the same rows, and where no kernel adds
+// to sums of dq, groups best follow each other. Else, and where a mask makes some blocks longer than
+// others, those of two rounds of the device run together, the longest blocks first, so that it is busy to
+// the end. The last groups should be about as many as the others, or they would end with long blocks.
+int groups_at_once(const flash_ext::BwdArgs& args, const GpuFacts& gpu, bool wide) {
   const AttnParams& p = args.params;
-  if ((p.window_left < 0) == (p.window_right < 0) || args.groups == 0) return 1;
+  const bool is_banded = (p.window_left < 0) != (p.window_right < 0);
+  if (args.groups == 0 || (wide && !is_banded)) return 1;
   const int64_t two_rounds =
       ceil_div(2 * gpu.multiprocessors, std::max<int64_t>(args.blocks_kv, 1));
-  int64_t groups = std::clamp<int64_t>(two_rounds, 1, args.groups);
-  while (args.groups % groups) --groups;
-  return static_cast<int>(groups);
+  const int64_t most = std::clamp<int64_t>(two_rounds, 1, args.groups);
+  const auto last = [&](int64_t together) { return (args.groups - 1) % together + 1; };
+  int64_t best = most;
+  for (int64_t less = most - 1; less >= ceil_div(most, 2); --less)
+    if (last(less) * best > last(best) * less) best = less;
+  return static_cast<int>(best);
 }
 
 }  // namespace
@@ -89,8 +93,7 @@ BwdPlan plan_bwd(const AttnBwdParams& p, const GpuFacts& gpu, bool deterministic
   args.dq_paired = true;
   args.turn_parts = BwdTile::warpgroups;
   args.blocks_q = static_cast<int>(ceil_div(p.seq_q, block_q));
-  args.groups_at_once =
-      wide ? wide_groups_at_once(args, gpu) : groups_at_once(args, gpu, gpu.multiprocessors);
+  args.groups_at_once = groups_at_once(args, gpu, wide);
   if (!deterministic || wide)  // turns count every block that a band mask leaves
     plan.seen = plan_seen_keys(p);
   return plan;

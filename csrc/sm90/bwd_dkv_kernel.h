@@ -20,6 +20,11 @@ struct DkvConfig {
   static constexpr int kThreads = 3 * kWarpgroup;
   static constexpr int kQStages = kTile.q_stages, kGradStages = kTile.grad_stages;
   static constexpr int kWeightStages = kTile.weight_stages;
+  // Named barriers: of each warpgroup; of both with the warp that puts what must be known of rows into a
+  // place; of both when weights are in a place, and when they have been taken from there.
+  static constexpr int kOwnBarrier = 1, kRowsBarrier = kOwnBarrier + 2;
+  static constexpr int kThereBarrier = kRowsBarrier + kQStages;
+  static constexpr int kTakenBarrier = kThereBarrier + kWeightStages;
 
   using KvTile = SwizzledTile<T, kBlockKV, kHeadDim>;
   using QTile = SwizzledTile<T, kBlockQ, kHeadDim>;
@@ -44,9 +49,8 @@ struct DkvShared {
   struct Rest {
     uint4 weights[Config::kWeightStages][kChunks][kWarpgroup];
     typename Config::Stats stats[Config::kQStages];
-    Place q[Config::kQStages], rows[Config::kQStages], grad_o[Config::kGradStages];
-    Place handed_over[Config::kWeightStages];
-    Mbarrier k, v;
+    Place q[Config::kQStages], grad_o[Config::kGradStages];
+    Mbarrier rows[Config::kQStages], k, v;
     BwdTask task;  // here, because registers are dear
   };
   static constexpr int kBytes = kRest + static_cast<int>(sizeof(Rest));
@@ -68,10 +72,8 @@ struct DkvShared {
   FX_DEVICE void init() const {
     constexpr int kWarps = 2 * kWarpgroup / kWarpSize;  // both warpgroups read all of it
     for (Place& place : rest().q) place.init(kWarps);
-    for (Place& place : rest().rows) place.init(kWarps);
     for (Place& place : rest().grad_o) place.init(kWarps);
-    for (Place& place : rest().handed_over)
-      place.full.init(kWarps / 2), place.empty.init(kWarps / 2);
+    for (Mbarrier& barrier : rest().rows) barrier.init(kWarpSize);
     rest().k.init(1), rest().v.init(1);
     Mbarrier::publish_init();
   }
@@ -109,6 +111,7 @@ FX_DEVICE void load_stats_for_dkv(const BwdArgs& args, const BwdTask& task,
   static_assert(Config::kBlockQ == 2 * kWarpSize);
   const int lane = static_cast<int>(lane_id());
   RingPosition<Config::kQStages> at;
+  int step = 0;
   for_each_block(args, task, [&](int head, int block) {
     const RowStats* first = args.stats + first_row_of(args, task, head);
     RowStats x[2];
@@ -117,14 +120,13 @@ FX_DEVICE void load_stats_for_dkv(const BwdArgs& args, const BwdTask& task,
       const int row = block * Config::kBlockQ + i * kWarpSize + lane;
       x[i] = row < task.rows ? first[row] : RowStats{INFINITY, 0.f};
     }
-    Place& place = shared.rest().rows[at.stage];
     auto& stats = shared.rest().stats[at.stage];
-    place.wait_empty(at.parity);
+    if (step++ >= Config::kQStages)  // all have read what was there before
+      barrier_wait(Config::kRowsBarrier + at.stage, kWarpSize + 2 * kWarpgroup);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       stats.lse[i * kWarpSize + lane] = x[i].lse, stats.delta[i * kWarpSize + lane] = x[i].delta;
-    __syncwarp();  // all of it is there
-    if (lane == 0) place.full.arrive();
+    shared.rest().rows[at.stage].arrive();  // of all lanes: all of it is there
     at.advance();
   });
 }
@@ -185,6 +187,7 @@ class DkvCompute {
   const int steps;
   OwnScores scores;
   int block, head = 0;  // of rows, whose product comes next
+  int step = 0;         // blocks before it
   ProductRing product_at;
   SumRing sum_at, done_at;
   RingPosition<Config::kQStages> rows_at;
@@ -204,7 +207,9 @@ class DkvCompute {
     if constexpr (kDk) return rest.q[at.stage];
     else return rest.grad_o[at.stage];
   }
-  FX_DEVICE void wait_for_warpgroup() { barrier_wait(kDk ? 2 : 1, kWarpgroup); }
+  FX_DEVICE void wait_for_warpgroup() { barrier_wait(Config::kOwnBarrier + kDk, kWarpgroup); }
+  // By all lanes of what they have read or written: barriers of threads count warps at once.
+  FX_DEVICE static void tell(int barrier) { barrier_arrive(barrier, 2 * kWarpgroup); }
   // Each warpgroup clears what it reads, and so waits for none.
   FX_DEVICE void clear_tail(QTile tile, int of_block) {
     if (of_block != tail) return;
@@ -230,18 +235,20 @@ class DkvCompute {
     wgmma_commit();
   }
   FX_DEVICE OfColumns stats() {
-    Place& place = rest.rows[rows_at.stage];
     const auto& all = rest.stats[rows_at.stage];
     const float* first = (kDk ? all.delta : all.lse) + lane_id() % 4 * 2;
-    place.wait_full(rows_at.parity);
+    rest.rows[rows_at.stage].wait(rows_at.parity);
     OfColumns x;
 #pragma unroll
     for (int i = 0; i < kBlockQ / 8; ++i)
       x.pair[i] = *reinterpret_cast<const float2*>(first + 8 * i);
-    __syncwarp();  // all lanes have read
-    place.release();
-    rows_at.advance();
+    release_stats();
     return x;
+  }
+  FX_DEVICE void release_stats() {
+    if (step + Config::kQStages < steps)  // others take their place
+      barrier_arrive(Config::kRowsBarrier + rows_at.stage, kWarpSize + 2 * kWarpgroup);
+    rows_at.advance();
   }
 
   // Scores become weights, which the other warpgroup gets, too.
@@ -259,25 +266,21 @@ class DkvCompute {
     hand_over(weights);
   }
   FX_DEVICE void hand_over(const Weights& weights) {
-    Place& place = rest.handed_over[weights_at.stage];
-    place.wait_empty(weights_at.parity);
+    if (step >= Config::kWeightStages)  // the other warpgroup has taken those before
+      barrier_wait(Config::kTakenBarrier + weights_at.stage, 2 * kWarpgroup);
 #pragma unroll
     for (int n = 0; n < kBlockQ / 16; ++n) {
       const uint32_t* x = weights.atom[0][n].reg;
       rest.weights[weights_at.stage][n][threadIdx.x % kWarpgroup] = {x[0], x[1], x[2], x[3]};
     }
-    __syncwarp();  // those of all lanes are there
-    if (lane_id() == 0) place.full.arrive();
+    tell(Config::kThereBarrier + weights_at.stage);
     weights_at.advance();
   }
   FX_DEVICE void weigh_with_options(const Scores& s, Weights& weights) {
-    Place& place = rest.rows[rows_at.stage];
     Weights factors;
-    place.wait_full(rows_at.parity);
+    rest.rows[rows_at.stage].wait(rows_at.parity);
     scores.weigh(s, weights, factors, rest.stats[rows_at.stage]);
-    __syncwarp();  // all lanes have read
-    place.release();
-    rows_at.advance();
+    release_stats();
     hand_over(factors);
   }
   FX_DEVICE void hide(Scores& s) {
@@ -300,15 +303,13 @@ class DkvCompute {
   // ds: the gradients of the scores whose weights the other warpgroup hands over; with options times
   // softcap's slope, and negative where dropout drops them.
   FX_DEVICE void differentiate(const Scores& dp, const OfColumns& delta, Weights& ds) {
-    Place& place = rest.handed_over[weights_at.stage];
-    place.wait_full(weights_at.parity);
+    barrier_wait(Config::kThereBarrier + weights_at.stage, 2 * kWarpgroup);  // they are there
 #pragma unroll
     for (int n = 0; n < kBlockQ / 16; ++n) {
       const uint4 x = rest.weights[weights_at.stage][n][threadIdx.x % kWarpgroup];
       ds.atom[0][n] = {{x.x, x.y, x.z, x.w}};
     }
-    __syncwarp();  // all lanes have read
-    place.release();
+    if (step + Config::kWeightStages < steps) tell(Config::kTakenBarrier + weights_at.stage);
     weights_at.advance();
 #pragma unroll
     for (int i = 0; i < kBlockQ / 4; ++i) {
@@ -349,8 +350,9 @@ class DkvCompute {
     }
     const int of_block = block;
     if (++head == heads) head = 0, --block;
+    ++step;
     if constexpr (kWeighsOptions)
-      if (block >= task.block_begin) scores.fetch(head, block);
+      if (step < steps) scores.fetch(head, block);
     return of_block;
   }
   FX_DEVICE void release_sum_rows() {

@@ -39,6 +39,11 @@ struct BwdConfig {
   static constexpr bool kDqByRows = kBlockQ == 64 * kWarpgroups;
   static_assert(kDqByRows ? kHeadDim == 64 : kBlockQ == 64 && kHeadDim > 64 && kHeadDim <= 128);
   static constexpr int kLastDqCols = kDqByRows ? 64 : kHeadDim - 64;
+  static constexpr int kComputing = kWarpgroups * kWarpgroup;
+  // Those who tell that they have read what must be known of rows: a lane of each warp, where the
+  // warpgroup meets at a barrier in between, else all lanes.
+  static constexpr bool kWarpTells = !kGeneral && !kTile.ds_in_registers;
+  static constexpr int kRowReaders = kWarpTells ? kComputing / kWarpSize : kComputing;
 
   using KvTile = SwizzledTile<T, kBlockKV, kHeadDim>;
   using QTile = SwizzledTile<T, kBlockQ, kHeadDim>;
@@ -102,7 +107,7 @@ struct BwdShared {
   FX_DEVICE void init() const {
     constexpr int kWarps = Config::kWarpgroups * kWarpgroup / kWarpSize;
     for (Place& place : rest().q) place.init(kWarps);
-    for (Place& place : rest().rows) place.init(kWarps);
+    for (Place& place : rest().rows) place.init(Config::kRowReaders, kWarpSize);
     for (Place& place : rest().grad_o) place.init(kWarps);
     for (Place& place : rest().ds) place.full.init(kWarps), place.empty.init(kWarps);
     for (Place& place : rest().dq) place.full.init(4), place.empty.init(1);
@@ -200,8 +205,7 @@ FX_DEVICE void load_stats(const BwdArgs& args, const BwdTask& task, BwdShared<Co
         stats.lse[row] = x[i].lse, stats.delta[row] = x[i].delta;
       }
     }
-    __syncwarp();  // all of it is there
-    if (lane_id() == 0) place.full.arrive();
+    place.full.arrive();  // of all lanes: all of it is there
     at.advance();
   });
 }
@@ -263,7 +267,7 @@ class BwdCompute {
   using DqPart = typename Config::DqPart;
   static constexpr int kBlockKV = Config::kBlockKV, kBlockQ = Config::kBlockQ;
   static constexpr int kHeadDim = Config::kHeadDim;
-  static constexpr int kComputing = Config::kWarpgroups * kWarpgroup;
+  static constexpr int kComputing = Config::kComputing;
 
  public:
   FX_DEVICE BwdCompute(const BwdArgs& args, const BwdTask& task, BwdShared<Config> shared, int id)
@@ -446,7 +450,7 @@ class BwdCompute {
     if constexpr (Config::kTile.early_dv) start_dv(dv, weights);
     rest.ds[step % 2].wait_empty(step / 2 % 2);  // nobody reads the last but one any more
     differentiate(dp, s, ds);
-    rest.rows[step % 2].release();
+    if constexpr (!Config::kWarpTells) rest.rows[step % 2].empty.arrive();
     if constexpr (!Config::kTile.early_dv) round(s, weights), start_dv(dv, weights);
     if constexpr (!kFirst) {
       rest.ds[(step - 1) % 2].wait_full((step - 1) / 2 % 2);  // the gradients of both
@@ -458,7 +462,8 @@ class BwdCompute {
     if constexpr (Config::kTile.ds_in_registers) start_dk(dk, ds);
     tell(rest.ds[step % 2].full);  // its fence waits while products run
     if constexpr (!Config::kTile.ds_in_registers) {
-      wait_for_warpgroup();  // the gradients of its own keys are there
+      wait_for_warpgroup();  // the gradients of its own keys are there, and all lanes have read rows
+      rest.rows[step % 2].release();
       start_dk(dk, ds);
     }
     wgmma_wait<1 + kMore>();
@@ -529,7 +534,7 @@ class BwdCompute {
       arrived(dp);
       scores.differentiate(s, dp, weights, ds, rest.stats[i]);
       start_dv(dv, weights);
-      rest.rows[i].release();
+      rest.rows[i].empty.arrive();
       rest.ds[i].wait_empty(parity);  // nobody reads the last but one any more
       store_operand(ds, shared.ds(i), 64 * id + warp_row);
       tell(rest.ds[i].full);
@@ -584,9 +589,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         block_of_group(blockIdx.x, args.blocks_kv, args.groups, args.groups_at_once);
     task =
         bwd_task<Config::kBlockKV, Config::kBlockQ>(args, group * args.heads_of_group, key_block);
-    prefetch(args.q_map), prefetch(args.k_map), prefetch(args.v_map), prefetch(args.grad_o_map);
-    shared.init();
   }
+  if (threadIdx.x == kWarpSize) shared.init();
+  if (threadIdx.x == 2 * kWarpSize)
+    prefetch(args.q_map), prefetch(args.k_map), prefetch(args.v_map), prefetch(args.grad_o_map);
   if constexpr (Config::kGeneral)
     if (args.seen.ranges && threadIdx.x < kWarpSize) {
       __syncwarp();  // the task is there

@@ -53,14 +53,14 @@ struct RingPosition {
   }
 };
 
-// One place: filled by the copy engine, emptied by warps.
+// One place: filled by the copy engine or a warp's lanes, emptied by warps.
 struct Place {
   Mbarrier full, empty;
 
-  FX_DEVICE void init(int readers) { full.init(1), empty.init(readers); }
+  FX_DEVICE void init(int readers, int writers = 1) { full.init(writers), empty.init(readers); }
   FX_DEVICE void wait_full(unsigned parity) { full.wait(parity); }
   FX_DEVICE void wait_empty(unsigned parity) { empty.wait(parity ^ 1); }
-  // Of one warp: it reads no more.
+  // Of one warp: its products read no more.
   FX_DEVICE void release() {
     if (lane_id() == 0) empty.arrive();
   }
