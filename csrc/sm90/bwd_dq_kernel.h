@@ -141,7 +141,7 @@ class DqCompute {
   FX_DEVICE DqCompute(const BwdArgs& args, const DqTask& task, DqShared<Config> shared, int id)
       : args(args), p(args.params), task(task), shared(shared), rest(shared.rest()), id(id),
         row0(task.row0 + 64 * id), warp_row(uniform(static_cast<int>(warp_id()) % 4) * 16),
-        scale(static_cast<float>(p.scale) * kLog2e) {}
+        scale((Config::kGeneral ? 1.f : static_cast<float>(p.scale)) * kLog2e) {}
 
   FX_DEVICE void run() {
     Dq dq;
@@ -149,7 +149,7 @@ class DqCompute {
     KeyBlocks own;  // the blocks that these rows see
     if (row0 < task.rows)
       own = key_blocks<kBlockKV, Config::kGeneral>(task, row0, std::min(row0 + 64, task.rows),
-                                                   args.seen);
+                                                   Config::kGeneral ? args.seen : SeenKeys{});
     if (task.block_begin < task.block_end) rest.q[id].wait(0);
     int passed = task.block_begin;
     if (own.block_begin < own.block_end) {
@@ -247,8 +247,7 @@ class DqCompute {
 
   // Scores become weights.
   FX_DEVICE void weigh(Scores& s, const float (&lse)[2], const KeyBlocks& own, int block) {
-    const float factor = Config::kGeneral ? kLog2e : scale;
-    s.for_each([&](float& x, int, int slot, int) { x = fast_exp2(fmaf(x, factor, -lse[slot])); });
+    s.for_each([&](float& x, int, int slot, int) { x = fast_exp2(fmaf(x, scale, -lse[slot])); });
     // The mask's gradient needs that rows that are not there weigh nothing, even where they are NaN.
     const bool all_there = !Config::kGeneral || row0 + 64 <= task.rows;
     if (block >= own.whole_begin && block < own.whole_end && all_there) return;
