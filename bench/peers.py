@@ -60,7 +60,7 @@ def flex(case, q, k, v):
 
 
 def flash_attn(module):
-    """FlashAttention's own packages: FA3 for Hopper, FA4 in CuTe's language; for [batch, seq, heads, head_dim]."""
+    """FlashAttention's own packages: 2; FA3, for Hopper; FA4, in CuTe's language. For [batch, seq, heads, head_dim]."""
 
     def make(case, q, k, v):
         function = __import__(module, fromlist=["flash_attn_func"]).flash_attn_func
@@ -83,6 +83,7 @@ def is_installed(module):
         return False
 
 
+PACKAGES = {"flash-attn": "flash_attn.flash_attn_interface", "FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}
 PEERS = {
     "SDPA": sdpa_default,  # where the host counts: sdpa_kernel(...), by which the next are chosen, costs it time
     "FA2": sdpa(SDPBackend.FLASH_ATTENTION),
@@ -90,10 +91,7 @@ PEERS = {
     "mem-eff": sdpa(SDPBackend.EFFICIENT_ATTENTION),
     "math": sdpa(SDPBackend.MATH),  # in float32 proper: torch.backends.cuda.matmul.allow_tf32 is False by default
     "Flex": flex,
-    "FA3": flash_attn("flash_attn_interface"),
-    "FA4": flash_attn("flash_attn.cute"),
-}
-PACKAGES = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}
+} | {name: flash_attn(module) for name, module in PACKAGES.items()}
 
 
 def peers_of(case, dtype):
