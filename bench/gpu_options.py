@@ -22,9 +22,9 @@ ALL_PEERS = (*SDPA, "Flex")
 CAUSAL = ("alibi-causal", "softcap-causal", "window-causal")
 
 
-def rows():
+def rows(head_dims=(64, 128)):
     """(case, dtype); what the option is, its id says."""
-    for head_dim in (64, 128):
+    for head_dim in head_dims:
         for option in ("bool", "padding", "bias", *CAUSAL, "dropout"):
             name = f"d{head_dim}-{option}"
             yield Case(name, *SIZES, head_dim, is_causal=option in CAUSAL, window=window_of(option)), DTYPE

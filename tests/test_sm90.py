@@ -115,12 +115,12 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("head_dim", [32, 64, 72, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [32, 64, 72, 80, 96, 128, 136, 192, 256])
 @dtypes
 def test_options(head_dim, options, dtype):
     for seq_kv in (431, 800):
         case = Case("options", 2, 4, 2, 300, seq_kv, head_dim, is_causal=seq_kv == 800, **options)
-        check(case, dtype, "cuda", "sm90", grads=head_dim <= 128)
+        check(case, dtype, "cuda", "sm90")
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 192, 256])
@@ -245,6 +245,8 @@ def test_which_kernels_compute_gradients():
     assert "sm90::bwd_kernel" in backward_kernels(q, k, k, is_causal=True, deterministic=True)
     for options in (dict(softcap=20.0), dict(dropout_p=0.1), dict(attn_mask=normal(512, 512).requires_grad_())):
         assert "sm90::bwd_kernel" in backward_kernels(q, k, k, **options)
+        kernels = backward_kernels(*[normal(2, 2, 512, 256)] * 3, **options)
+        assert "sm90::dkv_kernel" in kernels and "sm90::dq_kernel" in kernels
     assert "sm90" not in backward_kernels(q, k, k, backend="gpu")
     few = normal(2, 8, 4, 128)
     assert "sm90" not in backward_kernels(few, k, k)
@@ -267,7 +269,8 @@ def test_gradients(head_dim, is_causal, dtype):
     "head_dim, head_dim_v", [(64, 128), (128, 64), (24, 80), (96, 40), (192, 128), (136, 256), (8, 200)]
 )
 def test_gradients_of_value_head_dim(head_dim, head_dim_v):
-    check(Case("value", 2, 4, 2, 200, 300, head_dim, head_dim_v), torch.bfloat16, "cuda", "sm90")
+    for options in ({}, dict(mask="half:qk", softcap=5.0, dropout_p=0.3)):
+        check(Case("value", 2, 4, 2, 200, 300, head_dim, head_dim_v, **options), torch.bfloat16, "cuda", "sm90")
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
@@ -310,14 +313,14 @@ def test_gradients_of_many_blocks(head_dim, is_causal):
 # Masks that can be read eight keys at a time, and those that cannot: too few keys, another stride.
 @dtypes
 @pytest.mark.parametrize("mask", "bool:b1qk same:1hqk half:qk float:bhqk bool:1h1k half:b1q1 same:BHqk".split())
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 136, 192, 256])
 def test_gradients_of_masks(head_dim, mask, dtype):
     for seq_q, seq_kv in ((300, 440), (129, 515), (515, 136), (1, 96), (193, 1)):
         case = Case("masks", 2, 4, 2, seq_q, seq_kv, head_dim, mask=mask, window=(400, 30), softcap=4.0, grad_lse=True)
         check(case, dtype, "cuda", "sm90")
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 136, 192, 256])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_gradients_of_packed_sequences_with_options(head_dim, is_causal):
     for mask, dropout_p in (("half:b1qk", 0.0), ("bool:b11k", 0.2)):
@@ -328,7 +331,7 @@ def test_gradients_of_packed_sequences_with_options(head_dim, is_causal):
         check(case, torch.bfloat16, "cuda", "sm90")
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_gradients_of_options_over_many_blocks(head_dim, options):
     """Against the portable kernels, and in deterministic mode bit for bit the same."""
@@ -346,7 +349,7 @@ def test_gradients_of_options_over_many_blocks(head_dim, options):
             assert all(torch.equal(again[name], first[name]) for name in first if name[0] == "d")
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
 def test_gradients_where_masks_are_looked_through(head_dim):
     """Masks that hide whole blocks of rows from a block of keys: in front, behind, everywhere, of one head only."""
     seq = 2048
@@ -369,9 +372,10 @@ def test_gradients_where_masks_are_looked_through(head_dim):
             assert_near(deterministic, other)
 
 
-def test_nan_does_not_reach_the_gradient_of_what_is_hidden():
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_nan_does_not_reach_the_gradient_of_what_is_hidden(head_dim):
     """grad_out of NaN: the mask's gradient of other rows, and of keys that are not there, stays as it is."""
-    q, k, v = normal(1, 1, 100, 64), normal(1, 1, 70, 64), normal(1, 1, 70, 64)
+    q, k, v = (normal(1, 1, rows, head_dim) for rows in (100, 70, 70))
     storage = torch.zeros(100 * 70 + 500, device="cuda", dtype=torch.bfloat16)
     mask = storage[: 100 * 70].view(100, 70).requires_grad_()
     out = flash_ext.attn(q, k, v, mask, backend="sm90")

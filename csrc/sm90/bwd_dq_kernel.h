@@ -235,7 +235,7 @@ class DqCompute {
                        const RowGroup& group, int block) const {
     scale_scores(s, p);
     if (p.softcap > 0) {
-      const float inverse = static_cast<float>(1 / p.softcap);
+      const float inverse = fast_reciprocal(static_cast<float>(p.softcap));
       Scores::for_each_pair([&](int j, int, int, int) {
         const float x = s.pair(j)[0] * inverse, y = s.pair(j)[1] * inverse;
         slopes.pair[j] = ptx::cvt<half_t>(1.f - x * x, 1.f - y * y);
