@@ -34,8 +34,8 @@ constexpr DkvTile dkv_tile(int head_dim) {
   return {2, 2, 2};
 }
 
-// With options registers also hold a mask's elements and softcap's slopes, in 16 bits each: so that dq's
-// leave room for as many keys less.
+// With options registers also hold a mask's elements and softcap's slopes, in 16 bits each; dq leaves no
+// room for them beside as many keys.
 constexpr DqTile dq_tile(int head_dim, Options options) {
   if (options != Options::none) return head_dim == 192 ? DqTile{64, 2, 2} : DqTile{48, 2, 2};
   if (head_dim == 192) return {80, 2, 2};
